@@ -1,0 +1,176 @@
+"""What each command does. Heavy imports stand inside the functions: help and most errors come without them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sparse_dit.app import tables
+from sparse_dit.app.output import output_folder
+from sparse_dit.pipelines.generate import Request, load_pipeline, write_video
+from sparse_dit.pipelines.generate import generate as run_pipeline
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+DENSITIES = [0.5, 0.3, 0.2]
+DENSE_FRACTIONS = [0.0, 0.25]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Model, method and device.
+
+    Args:
+        model: tiny-wan (ships with the package), a folder in diffusers' save format, or a Hub id owner/name.
+        recipe: a name from `sparse-dit methods` or the path of a YAML file; --recipe.FIELD VALUE sets any field of it,
+            such as --recipe.selection.density 0.2.
+        device: where to run; auto is CUDA where there is one.
+    """
+
+    model: str = "tiny-wan"
+    recipe: str | dict[str, Any] = "tiny-radial"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def load(self) -> "DiffusionPipeline":
+        """The pipeline on its device; the progress bars of loading are left out, those of denoising stay.
+
+        Raises:
+            ValueError: as `load_pipeline`.
+        """
+        import diffusers
+        import torch
+        import transformers
+
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        return load_pipeline(self.model, device)
+
+
+def generate(request: Request, setup: Setup, out: str = "outputs/video.mp4", fps: int = 16) -> None:
+    """Make a video from a prompt.
+
+    Args:
+        request: what to generate.
+        setup: with what.
+        out: the video file, .mp4.
+        fps: frames a second of the video.
+    """
+    from sparse_dit.pipelines.patch import enable
+    from sparse_dit.recipe import load_recipe
+
+    recipe = load_recipe(setup.recipe)
+    video = Path(out)
+    if video.suffix != ".mp4":
+        raise ValueError(f"out: {out!r}; valid: a file name ending in .mp4")
+    with output_folder(video.parent) as folder:
+        pipe = enable(setup.load(), recipe)
+        write_video(run_pipeline(pipe, request), folder / video.name, fps)
+    print(f"wrote {video}")
+
+
+def compare(request: Request, setup: Setup, out: str = "outputs/compare", fps: int = 16) -> None:
+    """Run dense and sparse from the same noise and show the difference.
+
+    Args:
+        request: what to generate.
+        setup: with what.
+        out: folder for dense.mp4, sparse.mp4, side-by-side.mp4 and result.json.
+        fps: frames a second of the videos.
+    """
+    from sparse_dit.eval import pair, results
+    from sparse_dit.eval.side_by_side import side_by_side
+    from sparse_dit.recipe import load_recipe
+
+    recipe = load_recipe(setup.recipe)
+    with output_folder(out) as folder:
+        [comparison] = pair.compare(setup.load(), request, [recipe], model=setup.model)
+        record = comparison.record
+        label = f"{recipe.name}, run density {record['run_density']:.2f}, {record['psnr']:.1f} dB"
+        panels = side_by_side(comparison.dense, comparison.sparse, label)
+        write_video(comparison.dense, folder / "dense.mp4", fps)
+        write_video(comparison.sparse, folder / "sparse.mp4", fps)
+        write_video(panels, folder / "side-by-side.mp4", fps)
+        (folder / "result.json").write_text(results.to_json(record, indent=2) + "\n", encoding="utf-8")
+    tables.print_comparison(record, os.fspath(out))
+
+
+def methods(json: bool = False) -> None:
+    """List the recipes that come with the package.
+
+    Args:
+        json: print JSON instead of a table.
+    """
+    from sparse_dit.recipe import load_recipe, recipe_names
+
+    recipes = [load_recipe(name) for name in recipe_names()]
+    if json:
+        print(dumps([recipe.to_dict() for recipe in recipes], indent=2))
+    else:
+        tables.print_recipes(recipes)
+
+
+def explain(request: Request, setup: Setup, json: bool = False) -> None:
+    """Tell what a recipe would do in a model, without running it.
+
+    Args:
+        request: at which size and number of steps.
+        setup: which recipe in which model.
+        json: print JSON instead of text.
+    """
+    from sparse_dit.eval.pair import plan_arguments
+    from sparse_dit.pipelines import patch
+    from sparse_dit.recipe import load_recipe
+
+    recipe = load_recipe(setup.recipe)
+    pipe = setup.load()
+    explanation = patch.explain(pipe, recipe, **plan_arguments(pipe, request))
+    print(dumps(explanation.to_dict(), indent=2) if json else explanation)
+
+
+def evaluate(
+    request: Request,
+    setup: Setup,
+    densities: list[float] = DENSITIES,
+    dense_fractions: list[float] = DENSE_FRACTIONS,
+    prompts: str = "held-out:16",
+    out: str = "eval/results/radial-tiny-wan.jsonl",
+) -> None:
+    """Compare a recipe with dense on many prompts, densities and schedules, as rows of a JSONL file.
+
+    Args:
+        request: seed of the first prompt (the next ones count up), steps and size.
+        setup: which recipe in which model.
+        densities: densities of the selection.
+        dense_fractions: shares of the first steps that stay dense.
+        prompts: held-out:N, the first N that tiny-wan never saw, or a text file with one prompt a line.
+        out: the JSONL file; rows that it holds already are not run again.
+    """
+    from sparse_dit.eval import results, sweep
+    from sparse_dit.eval.pair import asking
+    from sparse_dit.recipe import load_recipe
+
+    recipe = load_recipe(setup.recipe)
+    rows_file, chosen = Path(out), sweep.read_prompts(prompts)
+    sweep.grid(recipe, densities, dense_fractions, steps=1)  # bad numbers are told before the model is loaded
+    results.load_rows(rows_file)
+    with output_folder(rows_file.parent):
+        pipe = setup.load()
+    steps = asking(pipe, request)["steps"]
+    recipes = sweep.grid(recipe, densities, dense_fractions, steps)
+    for row in sweep.sweep(pipe, setup.model, recipes, chosen, request, rows_file):
+        print(tables.row_line(row), flush=True)
+
+
+#: Commands by the name one types, each with the fields of `Request` that it does not take.
+COMMANDS: dict[str, tuple[Callable[..., None], frozenset[str]]] = {
+    "generate": (generate, frozenset()),
+    "compare": (compare, frozenset()),
+    "methods": (methods, frozenset()),
+    "explain": (explain, frozenset({"prompt", "negative_prompt", "seed"})),
+    "eval": (evaluate, frozenset({"prompt"})),
+}

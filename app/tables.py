@@ -1,0 +1,71 @@
+"""What the commands print for people."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from sparse_dit.recipe import Recipe
+
+
+def print_comparison(record: dict[str, Any], out: str) -> None:
+    """One table of a dense and a sparse run, and where their videos are."""
+    recipe, calls = record["recipe"], record["calls"]
+    table = Table(title=f"{record['model']}, {recipe['name']} against dense, seed {record['seed']}: {record['prompt']}")
+    for column in ("", "dense", "sparse", "sparse / dense"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
+    for label, field in (("seconds", "seconds"), ("attention seconds", "attention_seconds")):
+        dense, sparse = record[f"{field}_dense"], record[f"{field}_sparse"]
+        table.add_row(label, f"{dense:.2f}", f"{sparse:.2f}", f"{sparse / dense:.2f}")
+    density = record["density"]
+    table.add_row("density of sparse calls", "1", "none" if density is None else f"{density:.3f}", "")
+    table.add_row("run density", "1", f"{record['run_density']:.3f}", "")
+    table.add_row("PSNR, mean / worst frame", "", f"{record['psnr']:.2f} / {record['psnr_min']:.2f} dB", "")
+    table.add_row("SSIM, mean / worst frame", "", f"{record['ssim']:.4f} / {record['ssim_min']:.4f}", "")
+    table.add_row("sparse calls", "0", f"{calls['sparse']} of {calls['made']}", "")
+    for reason, count in calls["dense"].items():
+        table.add_row(f"dense calls ({reason})", "", f"{count} of {calls['made']}", "")
+    table.add_row("backend", "model's own", record["backend"], "")
+    console = Console()
+    console.print(table)
+    console.print(f"{out}/: dense.mp4, sparse.mp4, side-by-side.mp4, result.json", highlight=False)
+
+
+def print_recipes(recipes: Sequence["Recipe"]) -> None:
+    """One table of recipes; of each choice the settings that are not its defaults."""
+    table = Table()
+    for column in ("recipe", "choices", "source"):
+        table.add_column(column, no_wrap=column == "recipe")
+    for recipe in recipes:
+        choices = (
+            f"order {_settings(recipe.order)}",
+            f"selection {_settings(recipe.selection)}",
+            _settings(recipe.schedule),
+            f"precision {recipe.precision}, skipped {recipe.skipped}, blocks {recipe.block_q} x {recipe.block_k}",
+        )
+        table.add_row(recipe.name, "\n".join(choices), recipe.source, end_section=True)
+    Console().print(table)
+
+
+def row_line(row: dict[str, Any]) -> str:
+    """A result row in one line."""
+    density = "none" if row["density"] is None else f"{row['density']:.2f}"
+    dense_steps = row["recipe"]["schedule"]["dense_steps"]
+    return (
+        f"{row['recipe']['name']} density {density}, {dense_steps} of {row['steps']} steps dense: "
+        f"{row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}, "
+        f"attention {row['attention_seconds_sparse']:.2f} of {row['attention_seconds_dense']:.2f} s ({row['prompt']})"
+    )
+
+
+def _settings(choice: Any) -> str:
+    """A choice in one line: its name and the settings that are not its defaults."""
+    changed = [
+        f"{field.name} {getattr(choice, field.name)}"
+        for field in fields(choice)
+        if getattr(choice, field.name) != field.default
+    ]
+    return " ".join([type(choice).__name__.lower(), *changed])

@@ -1,0 +1,1 @@
+"""Measuring: paired runs, metrics, result rows, reports."""

@@ -1,0 +1,167 @@
+"""Paired runs: dense and sparse from the same noise, so that every difference comes from the recipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparse_dit.eval import metrics, results
+from sparse_dit.pipelines.generate import Frames, Request, call_arguments, generate
+from sparse_dit.pipelines.patch import Summary, explain, sparse, summary
+from sparse_dit.recipe import Recipe, load_recipe
+from sparse_dit.schedule import Schedule
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+DENSE = "dense"
+"""The recipe whose every call runs the pipeline's own attention: the reference, timed by the same clock."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed generation.
+
+    Args:
+        frames: [F, H, W, C] in 0..1, before any codec.
+        seconds: wall time of the whole pipeline call, text encoder and VAE included.
+        summary: what the self-attention layers did.
+    """
+
+    frames: Frames
+    seconds: float
+    summary: Summary
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A dense and a sparse run of one request.
+
+    Args:
+        dense: frames of the dense run.
+        sparse: frames of the sparse run.
+        record: a result row: what was asked, quality against dense, seconds, calls, versions, device.
+    """
+
+    dense: Frames
+    sparse: Frames
+    record: results.Row
+
+
+def compare(
+    pipe: DiffusionPipeline,
+    request: Request,
+    recipes: Sequence[Recipe],
+    *,
+    model: str = "",
+    warm_up: bool = True,
+) -> Iterator[Comparison]:
+    """Runs a request dense once, then with each recipe, always from the same noise.
+
+    Args:
+        pipe: a pipeline that is not sparse at the moment.
+        request: what to generate.
+        recipes: what to compare with dense.
+        model: the pipeline's name in the records.
+        warm_up: run one unmeasured step before each measured run: first calls compile kernels and fill caches.
+
+    Yields:
+        A comparison for each recipe, in their order.
+
+    Raises:
+        ValueError: a recipe does not fit the pipeline, the request does not, or frames are not finite.
+    """
+    plans = [explain(pipe, recipe, **plan_arguments(pipe, request)) for recipe in recipes]
+    dense = run(pipe, request, load_recipe(DENSE), warm_up=warm_up)
+    for recipe, plan in zip(recipes, plans, strict=True):
+        sparse_run = run(pipe, request, recipe, warm_up=warm_up)
+        record = {
+            "model": model,
+            "recipe": recipe.to_dict(),
+            **asking(pipe, request),
+            "grid": list(plan.grid),
+            **_quality(sparse_run.frames, dense.frames),
+            **_cost(sparse_run, dense),
+            "device": results.device_of(pipe.device, pipe.transformer.dtype),
+            **results.provenance(),
+        }
+        yield Comparison(dense.frames, sparse_run.frames, record)
+
+
+def run(pipe: DiffusionPipeline, request: Request, recipe: Recipe, *, warm_up: bool = True) -> Run:
+    """Generates once with a recipe, timed, and leaves the pipeline as it was.
+
+    Raises:
+        ValueError: as `compare`.
+    """
+    if warm_up:
+        # Without its schedule: the step must reach the sparse kernel even where the first steps are dense.
+        with sparse(pipe, replace(recipe, schedule=Schedule())), _progress(pipe, disable=True):
+            generate(pipe, replace(request, steps=1))
+    with sparse(pipe, recipe, timing=True), _progress(pipe, desc=recipe.name):
+        _wait(pipe)
+        start = time.perf_counter()
+        frames = generate(pipe, request)
+        _wait(pipe)
+        return Run(frames, time.perf_counter() - start, summary(pipe))
+
+
+def asking(pipe: DiffusionPipeline, request: Request) -> results.Row:
+    """What a request asks of this pipeline, the model's defaults filled in, as a record names it."""
+    arguments = call_arguments(pipe, request)
+    arguments["steps"] = arguments.pop("num_inference_steps")
+    return {"seed": request.seed, **arguments}
+
+
+def plan_arguments(pipe: DiffusionPipeline, request: Request) -> dict[str, int]:
+    """What `explain` needs to know of a request: size and steps."""
+    arguments = call_arguments(pipe, request)
+    return {name: arguments[name] for name in ("height", "width", "num_frames", "num_inference_steps")}
+
+
+def _quality(frames: Frames, dense: Frames) -> results.Row:
+    psnr, ssim = metrics.psnr(frames, dense), metrics.ssim(frames, dense)
+    return {
+        "psnr": psnr.mean,
+        "psnr_median": psnr.median,
+        "psnr_min": psnr.min,
+        "ssim": ssim.mean,
+        "ssim_median": ssim.median,
+        "ssim_min": ssim.min,
+    }
+
+
+def _cost(sparse_run: Run, dense: Run) -> results.Row:
+    done = sparse_run.summary
+    return {
+        "density": done.density,
+        "run_density": done.run_density,
+        "seconds_dense": dense.seconds,
+        "seconds_sparse": sparse_run.seconds,
+        "attention_seconds_dense": dense.summary.attention_seconds,
+        "attention_seconds_sparse": done.attention_seconds,
+        "calls": {"planned": done.planned, "made": done.made, "sparse": done.sparse, "dense": done.dense},
+        "backend": done.backend,
+    }
+
+
+@contextmanager
+def _progress(pipe: DiffusionPipeline, **settings: Any) -> Iterator[None]:
+    """Settings of the pipeline's own progress bar, for a while."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**before, **settings})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+def _wait(pipe: DiffusionPipeline) -> None:
+    """Lets the device finish what it was given, so that the clock reads work done and not work queued."""
+    if pipe.device.type == "cuda":
+        torch.cuda.synchronize(pipe.device)

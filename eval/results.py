@@ -1,0 +1,148 @@
+"""Result rows: one JSON object a line, whole or not there.
+
+JSON has no infinity. A PSNR of two equal clips is written as the string "inf", which `float()` and data frames read
+back; null means *not measured*. NaN is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+"""Raised whenever a field changes its name or meaning."""
+
+Row = dict[str, Any]
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Adds a row to a JSONL file in one write, so that several processes may do so at once.
+
+    What an interrupted writer left of a last line is cut off first: a torn row never swallows the next one.
+
+    Raises:
+        ValueError: the row holds NaN or what JSON cannot.
+    """
+    line = to_json(row).encode() + b"\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(file, line)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Reads the rows of a JSONL file; none where there is no file. A torn last line is no row.
+
+    Raises:
+        ValueError: a whole line is no JSON object, or its schema is another one; names the line.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} is no JSON: {error}") from None
+        if not isinstance(row, dict) or row.get("schema") != SCHEMA:
+            raise ValueError(f"{path} line {number} has another schema; valid: schema {SCHEMA}")
+        rows.append({name: math.inf if value == "inf" else value for name, value in row.items()})
+    return rows
+
+
+def to_json(row: Mapping[str, Any], indent: int | None = None) -> str:
+    """A row as JSON text with its schema; infinity becomes "inf".
+
+    Raises:
+        ValueError: the row holds NaN.
+    """
+    return json.dumps(_finite({"schema": SCHEMA, **row}), indent=indent, allow_nan=False)
+
+
+def identity(**what: Any) -> str:
+    """A short digest of what was asked (model, recipe, seed, prompt, …): equal askings have equal digests."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def provenance() -> Row:
+    """Where a row comes from: versions, git revision (null outside a checkout) and time (UTC)."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "revision": _revision(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def device_of(device: Any, dtype: Any) -> Row:
+    """What a run ran on: kind, name, number type and, on a CPU, threads."""
+    import torch
+
+    device = torch.device(device)
+    number_type = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        return {"type": "cuda", "name": torch.cuda.get_device_name(device), "dtype": number_type}
+    return {"type": device.type, "name": _cpu_name(), "dtype": number_type, "threads": torch.get_num_threads()}
+
+
+_PACKAGES = ("sparse-dit", "torch", "triton", "diffusers", "transformers")
+
+
+def _cpu_name() -> str:
+    """The processor's own name where Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """The commit this very file is part of, with `+` where tracked files differ from it.
+
+    A copy without its history (a container, say) can be told its commit in SPARSE_DIT_REVISION.
+    """
+    if told := os.environ.get("SPARSE_DIT_REVISION"):
+        return told
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # an installed copy may sit inside somebody else's repository
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value

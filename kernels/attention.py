@@ -1,0 +1,291 @@
+"""Triton: attention along a block list, 16-bit or fp32, for any GPU that Triton compiles for.
+
+Names in the kernel: `i_` program index, `p_` pointer, `o_` offsets, `m_` mask, `b_` values on chip; a trailing comment
+gives the shape.
+Triton reads TRITON_INTERPRET when this module is imported.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from einops import rearrange
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _attend_tiles(
+    b_q,
+    b_q_rest,
+    b_acc,
+    b_acc_rest,
+    b_max,
+    b_sum,
+    first,
+    last,
+    p_indices,
+    p_k,
+    p_v,
+    k_token,
+    k_dim,
+    v_token,
+    v_dim,
+    i_index,
+    seq_k,
+    qk_scale,
+    MASKED: tl.constexpr,
+    STAGES: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax over tiles [first, last) of the listed blocks, TILE_K keys each.
+
+    max' = max(max, rowmax(s)), sum' = sum 2^(max - max') + rowsum(2^(s - max')), acc' likewise with V, where
+    s = q.k scale log2(e).
+    """
+    o_tile = tl.arange(0, TILE_K).to(tl.int64)  # [TILE_K]
+    o_main = tl.arange(0, MAIN)
+    o_k = o_tile[:, None] * k_token + o_main[None, :] * k_dim  # [TILE_K, MAIN]
+    o_v = o_tile[:, None] * v_token + o_main[None, :] * v_dim
+    if REST > 0:
+        o_rest = MAIN + tl.arange(0, REST)
+        m_rest = o_rest < HEAD_SIZE
+        o_k_rest = o_tile[:, None] * k_token + o_rest[None, :] * k_dim  # [TILE_K, REST]
+        o_v_rest = o_tile[:, None] * v_token + o_rest[None, :] * v_dim
+    for i_tile in tl.range(first, last, num_stages=STAGES):
+        block = tl.load(p_indices + (i_tile * TILE_K // BLOCK_K) * i_index)
+        start = block.to(tl.int64) * BLOCK_K + i_tile * TILE_K % BLOCK_K
+        p_k_tile = p_k + start * k_token
+        p_v_tile = p_v + start * v_token
+        m_token = start + o_tile < seq_k  # [TILE_K]
+        p_k_main = p_k_tile + o_k  # [TILE_K, MAIN]
+        b_k = tl.load(p_k_main, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_k_main)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [TILE_Q, TILE_K]
+        if REST > 0:
+            m_k_rest = m_rest[None, :] & m_token[:, None] if MASKED else m_rest[None, :]
+            b_k_rest = tl.load(p_k_tile + o_k_rest, mask=m_k_rest, other=0.0)
+            b_s = tl.dot(b_q_rest, tl.trans(b_k_rest), b_s, input_precision=PRECISION)
+        if MASKED:
+            b_s = tl.where(m_token[None, :], b_s, -float("inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)  # [TILE_Q]
+        b_p = tl.exp2(b_s * qk_scale - b_new_max[:, None])
+        b_decay = tl.exp2(b_max - b_new_max)
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_max = b_new_max
+        p_v_main = p_v_tile + o_v  # [TILE_K, MAIN]
+        b_v = tl.load(p_v_main, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_v_main)
+        b_p = b_p.to(b_v.dtype)
+        b_acc = tl.dot(b_p, b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
+        if REST > 0:
+            m_v_rest = m_rest[None, :] & m_token[:, None] if MASKED else m_rest[None, :]
+            b_v_rest = tl.load(p_v_tile + o_v_rest, mask=m_v_rest, other=0.0)
+            b_acc_rest = tl.dot(b_p, b_v_rest, b_acc_rest * b_decay[:, None], input_precision=PRECISION)
+    return b_acc, b_acc_rest, b_max, b_sum
+
+
+@triton.jit
+def block_sparse_forward_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_indices,
+    p_counts,
+    q_batch,
+    q_head,
+    q_token,
+    q_dim,
+    k_batch,
+    k_head,
+    k_token,
+    k_dim,
+    v_batch,
+    v_head,
+    v_token,
+    v_dim,
+    out_batch,
+    out_head,
+    out_token,
+    out_dim,
+    lse_batch,
+    lse_head,
+    i_batch,
+    i_head,
+    i_row,
+    i_index,
+    c_batch,
+    c_head,
+    c_row,
+    seq_q,
+    seq_k,
+    qk_scale,
+    HEAD_SIZE: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    TAIL_TILE: tl.constexpr,
+    RAGGED_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out_i = sum_j 2^(s_ij - lse_i) v_j, lse_i = log2 sum_j 2^s_ij, s = q.k scale log2(e), j over the listed blocks.
+
+    One program computes TILE_Q queries of one head. Programs that run side by side belong to one head, so that they
+    share its K and V in L2. A head size that is no power of two is computed as MAIN + REST columns, the last ones
+    masked.
+    """
+    i_tile, i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_block = i_tile // (BLOCK_Q // TILE_Q)
+    o_q = i_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
+    o_main = tl.arange(0, MAIN)
+    REST_PADDED: tl.constexpr = REST if REST > 0 else 16
+    o_rest = MAIN + tl.arange(0, REST_PADDED)
+    m_q = o_q < seq_q
+    m_rest = o_rest < HEAD_SIZE
+
+    p_q += i_b * q_batch + i_h * q_head
+    p_k += i_b * k_batch + i_h * k_head
+    p_v += i_b * v_batch + i_h * v_head
+    p_out += i_b * out_batch + i_h * out_head
+    p_indices += i_b * i_batch + i_h * i_head + i_block * i_row
+    count = tl.load(p_counts + i_b * c_batch + i_h * c_head + i_block * c_row)
+
+    p_q_row = p_q + o_q[:, None] * q_token
+    b_q = tl.load(p_q_row + o_main[None, :] * q_dim, mask=m_q[:, None], other=0.0)  # [TILE_Q, MAIN]
+    b_q_rest = b_q
+    if REST > 0:
+        b_q_rest = tl.load(p_q_row + o_rest[None, :] * q_dim, mask=m_q[:, None] & m_rest[None, :], other=0.0)
+    b_acc = tl.zeros([TILE_Q, MAIN], tl.float32)
+    b_acc_rest = tl.zeros([TILE_Q, REST_PADDED], tl.float32)
+    b_max = tl.full([TILE_Q], -float("inf"), tl.float32)
+    b_sum = tl.zeros([TILE_Q], tl.float32)
+
+    # Rows ascend: only the last entry can be the block at the ragged end, and only that one pays for masks. It goes in
+    # small tiles, without prefetch: registers and shared memory are the main loop's.
+    whole = count
+    if RAGGED_K:
+        ends_ragged = tl.load(p_indices + (count - 1) * i_index) == seq_k // BLOCK_K
+        whole = tl.where(ends_ragged, count - 1, count)
+    b_acc, b_acc_rest, b_max, b_sum = _attend_tiles(
+        b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_sum, 0, whole * (BLOCK_K // TILE_K),
+        p_indices, p_k, p_v, k_token, k_dim, v_token, v_dim, i_index, seq_k, qk_scale,
+        MASKED=False, STAGES=None,
+        HEAD_SIZE=HEAD_SIZE, MAIN=MAIN, REST=REST, BLOCK_K=BLOCK_K, TILE_K=TILE_K, PRECISION=PRECISION,
+    )  # fmt: skip
+    if RAGGED_K:
+        first = whole * (BLOCK_K // TAIL_TILE)
+        last = tl.where(ends_ragged, first + tl.cdiv(seq_k % BLOCK_K, TAIL_TILE), first)
+        b_acc, b_acc_rest, b_max, b_sum = _attend_tiles(
+            b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_sum, first, last,
+            p_indices, p_k, p_v, k_token, k_dim, v_token, v_dim, i_index, seq_k, qk_scale,
+            MASKED=True, STAGES=1,
+            HEAD_SIZE=HEAD_SIZE, MAIN=MAIN, REST=REST, BLOCK_K=BLOCK_K, TILE_K=TAIL_TILE, PRECISION=PRECISION,
+        )  # fmt: skip
+
+    p_out_row = p_out + o_q[:, None] * out_token
+    b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)
+    tl.store(p_out_row + o_main[None, :] * out_dim, b_out, mask=m_q[:, None])
+    if REST > 0:
+        b_out_rest = (b_acc_rest / b_sum[:, None]).to(p_out.dtype.element_ty)
+        tl.store(p_out_row + o_rest[None, :] * out_dim, b_out_rest, mask=m_q[:, None] & m_rest[None, :])
+    LN_2: tl.constexpr = 0.6931471805599453
+    tl.store(p_lse + i_b * lse_batch + i_h * lse_head + o_q, (b_max + tl.log2(b_sum)) * LN_2, mask=m_q)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel is cut and launched: queries and keys a tile, warps a program, tiles in flight."""
+
+    tile_q: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+
+
+# By bytes an element and head size rounded up to a power of two. Every row fits the shared memory of every architecture
+# (99 KB a program on sm_86, 89 and 120); on sm_90 the first two spill no registers.
+_LAUNCHES = {
+    (2, 64): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
+    (2, 128): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
+    (2, 256): Launch(tile_q=64, tile_k=32, num_warps=4, num_stages=3),
+    (4, 64): Launch(tile_q=64, tile_k=32, num_warps=8, num_stages=2),
+    (4, 128): Launch(tile_q=32, tile_k=32, num_warps=8, num_stages=2),
+    (4, 256): Launch(tile_q=16, tile_k=16, num_warps=8, num_stages=1),
+}
+# Warps a program where the list's query blocks are smaller than the pinned tile.
+_CUT_WARPS = 4
+
+
+def column_split(head_size: int) -> tuple[int, int]:
+    """Cuts a head into MAIN columns, a power of two, and REST columns, padded to one of at least 16 (0: none left)."""
+    main = 1 << (head_size.bit_length() - 1)
+    rest = head_size - main
+    return main, max(16, triton.next_power_of_2(rest)) if rest else 0
+
+
+def launch_for(head_size: int, block_q: int, block_k: int, element_size: int) -> Launch:
+    """Pinned launch settings: a table, no timing. Tiles are cut to the list's block sizes.
+
+    Args:
+        head_size: D.
+        block_q: query tokens a block of the list.
+        block_k: key tokens a block of the list.
+        element_size: bytes an element of q, k and v.
+    """
+    pinned = _LAUNCHES[element_size, triton.next_power_of_2(head_size)]
+    num_warps = pinned.num_warps if pinned.tile_q <= block_q else _CUT_WARPS
+    return Launch(min(pinned.tile_q, block_q), min(pinned.tile_k, block_k), num_warps, pinned.num_stages)
+
+
+def constants(
+    head_size: int, block_q: int, block_k: int, seq_k: int, dtype: torch.dtype, launch: Launch
+) -> dict[str, object]:
+    """The kernel's compile-time arguments."""
+    main, rest = column_split(head_size)
+    return {
+        "HEAD_SIZE": head_size,
+        "MAIN": main,
+        "REST": rest,
+        "BLOCK_Q": block_q,
+        "BLOCK_K": block_k,
+        "TILE_Q": launch.tile_q,
+        "TILE_K": launch.tile_k,
+        "TAIL_TILE": 16,
+        "RAGGED_K": seq_k % block_k != 0,
+        # Three TF32 products give fp32's accuracy on tensor cores; 16-bit inputs are exact either way.
+        "PRECISION": "tf32x3" if dtype is torch.float32 else "tf32",
+    }
+
+
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_q: int, block_k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The contract of `ops.block_sparse_attention`, arguments already checked."""
+    batch, heads, seq_q, head_size = q.shape
+    out = rearrange(torch.empty(batch, seq_q, heads, head_size, dtype=q.dtype, device=q.device), "b s h d -> b h s d")
+    lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device)
+    # Lists of size 1 are shared: stride 0 walks them without a copy.
+    indices = indices.expand(batch, heads, -1, -1)
+    counts = counts.expand(batch, heads, -1)
+    launch = launch_for(head_size, block_q, block_k, q.element_size())
+    grid = (triton.cdiv(seq_q, launch.tile_q), heads, batch)
+    with torch.cuda.device_of(q):
+        block_sparse_forward_kernel[grid](
+            q, k, v, out, lse, indices, counts,
+            *q.stride(), *k.stride(), *v.stride(), *out.stride(), *lse.stride()[:2],
+            *indices.stride(), *counts.stride(),
+            seq_q, k.shape[2], scale * LOG2_E,
+            **constants(head_size, block_q, block_k, k.shape[2], q.dtype, launch),
+            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out, lse

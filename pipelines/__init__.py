@@ -1,0 +1,1 @@
+"""diffusers: which models are known, how they are patched, and how they are run."""

@@ -1,0 +1,251 @@
+"""From a model's name to a pipeline, from a request to frames, from frames to a video file."""
+
+import inspect
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparse_dit.pipelines import tiny_wan
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+Frames = npt.NDArray[np.float32]
+"""Frames [F, H, W, C], float32 in 0..1, as they leave the VAE and before any video codec."""
+
+TINY_WAN = "tiny-wan"
+
+WEIGHTS_REFUSED = frozenset(
+    {".bin", ".ckpt", ".gguf", ".h5", ".joblib", ".msgpack", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth"}
+)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation. What is None is left to the model's own default.
+
+    Args:
+        prompt: what the frames should show.
+        negative_prompt: what they should not show.
+        seed: seed of the noise, which is drawn on the CPU and so is the same on every device.
+        steps: denoising steps, at least 1.
+        height: height of a frame in pixels.
+        width: width of a frame in pixels.
+        num_frames: frames of the video; image pipelines take none.
+        guidance_scale: classifier-free guidance; 1 turns it off.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int = 0
+    steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    guidance_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "height", "width", "num_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value}; valid: a whole number from 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: {self.seed}; valid: a whole number from 0 to 2^63 - 1")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
+            raise ValueError(f"guidance_scale: {self.guidance_scale}; valid: a finite number from 0")
+
+
+def load_pipeline(
+    model: str, device: "str | torch.device" = "cpu", dtype: "torch.dtype | None" = None
+) -> "DiffusionPipeline":
+    """Loads a diffusers pipeline from safetensors and puts it on a device.
+
+    Args:
+        model: `tiny-wan` (ships with this package), a folder in diffusers' save format, or a Hub id `owner/name`.
+        device: where it will run.
+        dtype: of the weights; None is bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        ValueError: the model is unknown, its folder is damaged, or it holds weights other than safetensors.
+    """
+    import diffusers
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {str(device)!r}; there is no CUDA device; valid: 'cpu'")
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    source = find_model(model)
+    if isinstance(source, Path):
+        check_model_folder(source)
+    # Wan's VAE drifts visibly in 16 bits; its authors run it in float32 beside a 16-bit transformer.
+    dtypes = {"default": dtype, "vae": torch.float32}
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(source), dtype=dtypes, use_safetensors=True)
+    except Exception as error:  # whatever a loader stumbles over, the user can only mend the model
+        raise ValueError(f"model: {model!r} cannot be loaded ({_first_line(error)})") from error
+    return pipeline.to(device)
+
+
+def find_model(model: str) -> Path | str:
+    """The folder that `model` means, or `model` itself where it is a Hub id.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if model == TINY_WAN:
+        return Path(tiny_wan.MODEL_DIR)
+    folder = Path(model).expanduser()
+    if model and folder.is_dir():
+        return folder
+    if HUB_ID.fullmatch(model) and not folder.exists() and not model.startswith("."):
+        return model
+    raise ValueError(f"model: {model!r}; valid: {TINY_WAN!r}, a folder with model_index.json or a Hub id 'owner/name'")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Holds a folder against diffusers' save format before anything in it is loaded.
+
+    Raises:
+        ValueError: in one line, with the file that is missing, damaged or refused.
+    """
+    import diffusers
+
+    refused = sorted(file for file in folder.rglob("*") if file.suffix in WEIGHTS_REFUSED)
+    if refused:
+        raise ValueError(f"model: {refused[0]} is refused; valid: weights in .safetensors, which cannot carry code")
+    index = _read_json(folder / "model_index.json")
+    name = index.get("_class_name")
+    if not isinstance(name, str) or not hasattr(diffusers, name):
+        known = [entry for entry in dir(diffusers) if entry.endswith("Pipeline")]
+        near = get_close_matches(str(name), known, n=1)
+        hint = f", nearest is {near[0]!r}" if near else ""
+        raise ValueError(f"model: {folder / 'model_index.json'} names {name!r}; valid: a pipeline of diffusers{hint}")
+    for component, entry in index.items():
+        if component.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+            continue
+        if not (folder / component).is_dir() or not any((folder / component).iterdir()):
+            raise ValueError(
+                f"model: {folder} lacks the folder {component!r}, which its model_index.json names as {entry[1]}"
+            )
+    for file in sorted(folder.rglob("*.json")):
+        _read_json(file)
+    for file in sorted(folder.rglob("*.safetensors")):
+        _check_safetensors(file)
+
+
+def generate(pipe: "DiffusionPipeline", request: Request, **overrides: Any) -> Frames:
+    """Runs a pipeline once.
+
+    Args:
+        pipe: as `load_pipeline` returns it, sparse or not.
+        request: what to generate.
+        **overrides: further arguments of the pipeline's own call.
+
+    Returns:
+        Frames [F, H, W, C], float32 in 0..1; F is 1 for an image pipeline.
+
+    Raises:
+        ValueError: the request asks for what the pipeline does not take, or the frames are not finite.
+    """
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    with torch.inference_mode():
+        output = pipe(**call_arguments(pipe, request), generator=generator, output_type="np", **overrides)
+    frames = np.asarray(output.frames[0] if hasattr(output, "frames") else output.images[:1], dtype=np.float32)
+    if not np.isfinite(frames).all():
+        raise ValueError(f"{type(pipe).__name__} produced frames that are not finite (seed {request.seed})")
+    return frames
+
+
+def call_arguments(pipe: "DiffusionPipeline", request: Request) -> dict[str, Any]:
+    """The arguments of the pipeline's call that a request means, its model's defaults filled in.
+
+    Raises:
+        ValueError: the request sets what this pipeline's call does not have.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    asked = {name: value for name, value in asdict(request).items() if name != "seed" and value is not None}
+    if "steps" in asked:
+        asked["num_inference_steps"] = asked.pop("steps")
+    unknown = sorted(asked.keys() - parameters.keys())
+    if unknown:
+        raise ValueError(f"{unknown[0]}: {type(pipe).__name__} does not take it; leave it out")
+    names = ("num_inference_steps", "height", "width", "num_frames", "guidance_scale")
+    defaults = {name: parameters[name].default for name in names if name in parameters}
+    if Path(pipe.config._name_or_path) == Path(tiny_wan.MODEL_DIR):
+        defaults.update(tiny_wan.DEFAULTS)
+    return {**{name: value for name, value in defaults.items() if value is not None}, **asked}
+
+
+def write_video(frames: Frames, path: Path, fps: int = 16) -> None:
+    """Writes frames [F, H, W, C] in 0..1 as H.264 at their own size; the file appears under its name once it is whole.
+
+    Args:
+        frames: at least one frame, three channels.
+        path: ends in .mp4.
+        fps: frames a second.
+
+    Raises:
+        ValueError: no frame, not three channels, or another suffix.
+    """
+    import imageio.v2 as imageio
+
+    if frames.ndim != 4 or frames.shape[0] == 0 or frames.shape[-1] != 3:
+        raise ValueError(f"frames: shape {frames.shape}; valid: [F, H, W, 3] with F from 1")
+    if path.suffix != ".mp4":
+        raise ValueError(f"video file: {str(path)!r}; valid: a name ending in .mp4")
+    # 4:2:0 halves the colour planes and needs even sides; a macro block of 1 keeps imageio from rescaling.
+    pixels = "yuv444p" if frames.shape[1] % 2 or frames.shape[2] % 2 else "yuv420p"
+    partial = path.with_name(f".{path.stem}.partial.mp4")
+    try:
+        imageio.mimwrite(
+            partial,
+            list(np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)),
+            format="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            quality=None,
+            pixelformat=pixels,
+            macro_block_size=1,
+            output_params=["-crf", "16", "-movflags", "+faststart"],
+        )
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"model: {file} is missing; valid: a folder in diffusers' save format") from None
+    except ValueError as error:
+        raise ValueError(f"model: {file} is damaged ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"model: {file} is damaged (it holds no JSON object)")
+    return content
+
+
+def _check_safetensors(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"model: {file} is damaged ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,361 @@
+"""One attention call: schedule, then order, then selection, then kernel. And the functions to call it by.
+
+Eager code calls the engine directly. Under `torch.compile` each call is one custom operator that gets the layer's
+number in a tensor and looks up everything else when it runs: step, branch and schedule are then no constants of the
+graph, and all layers share one graph. CUDA graphs would freeze what is looked up: `mode="reduce-overhead"` is not
+supported.
+"""
+
+import copy
+import functools
+import itertools
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from einops import rearrange
+
+from sparse_dit.kernels.lists import mask_to_lists
+from sparse_dit.kernels.ops import BlockList, block_sparse_attention
+from sparse_dit.layout import TokenLayout
+from sparse_dit.orders import Order
+from sparse_dit.recipe import Recipe, load_recipe
+from sparse_dit.selection import Every, Selection
+from sparse_dit.state import RunState, Tally
+
+HEADS_FIRST = "b h s d"
+TOKENS_FIRST = "b s h d"
+
+
+class Plan(NamedTuple):
+    """What a static selection comes to on a device.
+
+    Attributes:
+        blocks: the block list.
+        density: its density over the whole sequence.
+        table: token ids in the order in which they enter blocks; `None` when they stay as they are.
+    """
+
+    blocks: BlockList
+    density: float
+    table: torch.Tensor | None
+
+
+def plan(recipe: Recipe, layout: TokenLayout, device: torch.device) -> Plan:
+    """The plan of a recipe for a token layout; computed once, then cached."""
+    return _plan(recipe.order, recipe.selection, layout, recipe.block_q, recipe.block_k, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _plan(
+    order: Order, selection: Selection, layout: TokenLayout, block_q: int, block_k: int, device: torch.device
+) -> Plan:
+    mask = selection.select(layout, block_q, block_k)
+    blocks = mask_to_lists(mask[None], block_q, block_k)
+    table = order.table(layout)
+    return Plan(
+        blocks.to(device),
+        blocks.density(layout.length, layout.length),
+        None if table is None else table.to(device),
+    )
+
+
+class Run:
+    """One enabled pipeline: its recipe, its state and its counts, shared by its transformers.
+
+    Args:
+        recipe: the method.
+        strict: whether a forward whose calls differ from the plan raises instead of warning once.
+        timing: whether calls are timed.
+    """
+
+    def __init__(self, recipe: Recipe, *, strict: bool = False, timing: bool = False) -> None:
+        self.recipe = recipe
+        self.strict = strict
+        self.state = RunState()
+        self.tally = Tally(timing)
+        self._warned = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Run":
+        """A copied pipeline starts a run of its own."""
+        return Run(self.recipe, strict=self.strict, timing=self.tally.timing)
+
+    def begin_forward(self, layout: TokenLayout, noise: torch.Tensor, planned: int) -> None:
+        """A forward of a transformer begins.
+
+        Args:
+            layout: its tokens.
+            noise: its noise level in [0, 1], any shape; the largest one counts. Read only when something depends on it,
+                because reading waits for the GPU.
+            planned: number of self-attention layers.
+        """
+        read = self.recipe.schedule.reads_noise or self.state.context.step is None
+        self.state.begin_forward(layout, float(noise.max()) if read else None)
+        self.tally.begin_forward(planned)
+
+    def end_forward(self) -> None:
+        """A forward of a transformer ends; its calls are compared with the plan.
+
+        Raises:
+            RuntimeError: they differ and the run is strict.
+        """
+        planned, made = self.tally.end_forward()
+        if planned == made:
+            return
+        message = (
+            f"{made} self-attention calls were made where {planned} were planned: a cache skips layers, "
+            "or processors were replaced after sparse attention was enabled"
+        )
+        if self.strict:
+            raise RuntimeError(message)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def call(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        axes: str,
+        scale: float | None,
+        refusal: str | None,
+        dense: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """Compute one self-attention call.
+
+        Args:
+            layer: index of the self-attention layer.
+            q, k, v: tensors with the axes `axes`.
+            axes: `HEADS_FIRST` or `TOKENS_FIRST`.
+            scale: factor on the scores; `None` is 1 / sqrt(d).
+            refusal: why the call cannot be sparse, if so.
+            dense: the call as the model would have made it.
+
+        Returns:
+            The output with the axes `axes` and the dtype of q.
+        """
+        tokens = q.shape[axes.split().index("s")]
+        reason = refusal or self.dense_reason(layer, tokens)
+        with self.tally.timed(q.device):
+            if reason is not None:
+                self.tally.count_dense(reason)
+                return dense()
+            assert self.state.layout is not None
+            chosen = plan(self.recipe, self.state.layout, q.device)
+            self.tally.count_sparse(chosen.density, "triton" if q.device.type == "cuda" else "host")
+            q, k, v = (rearrange(x, f"{axes} -> {HEADS_FIRST}") for x in (q, k, v))
+            return rearrange(_attend_blocks(q, k, v, chosen, scale), f"{HEADS_FIRST} -> {axes}")
+
+    def dense_reason(self, layer: int, tokens: int) -> str | None:
+        """Why a call of a layer over so many tokens is dense where the state stands, or `None` when it is sparse."""
+        recipe, state = self.recipe, self.state
+        if is_dense(recipe):
+            return "recipe"
+        if state.layout is None or state.layout.length != tokens:
+            return "unknown_grid"
+        if tokens <= max(recipe.block_q, recipe.block_k):
+            return "short"
+        return recipe.schedule.dense_reason(state.step, state.noise, layer)
+
+
+def is_dense(recipe: Recipe) -> bool:
+    """Whether a recipe asks for nothing but the model's own dense attention."""
+    return isinstance(recipe.selection, Every) and recipe.precision == "native"
+
+
+def _attend_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: Plan, scale: float | None
+) -> torch.Tensor:
+    """Attention along the block list, in the plan's order, [B, H, S, D]."""
+    if chosen.table is None:
+        return block_sparse_attention(q, k, v, chosen.blocks, scale=scale)[0]
+    q, k, v = (x.index_select(2, chosen.table) for x in (q, k, v))
+    moved = block_sparse_attention(q, k, v, chosen.blocks, scale=scale)[0]
+    return torch.empty_like(moved).index_copy_(2, chosen.table, moved)
+
+
+class Site:
+    """One self-attention layer of one transformer: what a call must know about itself.
+
+    Args:
+        layer: index over the transformer's self-attention layers, in execution order.
+        run: the run of the pipeline.
+        clock: int64 scalar on the CPU, one for all sites of a transformer. Nothing is stored in it: the operators at
+            the begin and the end of a forward claim to write it and the calls between read it, so that no compiler
+            reorders them.
+        home: name of the module whose `dispatch_attention_fn` the layer's own processor calls.
+
+    Attributes:
+        slot: int64 scalar on the CPU, the number by which operators find the site.
+    """
+
+    _numbers = itertools.count()
+    _sites: ClassVar["weakref.WeakValueDictionary[int, Site]"] = weakref.WeakValueDictionary()
+
+    def __init__(self, layer: int, run: Run, clock: torch.Tensor, home: str) -> None:
+        self.layer = layer
+        self.run = run
+        self.clock = clock
+        self.home = home
+        number = next(Site._numbers)
+        self.slot = torch.tensor(number)
+        Site._sites[number] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Site":
+        """A copied model has sites of its own, with numbers of their own."""
+        return Site(self.layer, copy.deepcopy(self.run, memo), copy.deepcopy(self.clock, memo), self.home)
+
+    @classmethod
+    def find(cls, slot: torch.Tensor) -> "Site":
+        """The site with a number."""
+        return cls._sites[int(slot)]
+
+    def call(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        axes: str,
+        scale: float | None,
+        backend: str,
+        refusal: str | None,
+        dense: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """Compute the call, now or, under `torch.compile`, when the graph runs; arguments as `Run.call`.
+
+        Args:
+            backend: name of the dense backend that the processor asks for; empty for the default one.
+        """
+        if not torch.compiler.is_compiling():
+            return self.run.call(self.layer, q, k, v, axes=axes, scale=scale, refusal=refusal, dense=dense)
+        if refusal is None:
+            return cast(torch.Tensor, _attend(q, k, v, self.slot, self.clock, axes, scale, backend))
+        _count_dense(self.slot, self.clock, refusal)
+        return dense()
+
+
+def begin_forward(site: Site, layout: tuple[int, ...], noise: torch.Tensor, planned: int) -> None:
+    """A forward of a site's transformer begins; traceable.
+
+    Args:
+        site: any site of the transformer.
+        layout: (T, H, W, text_before, text_after).
+        noise, planned: as `Run.begin_forward`.
+    """
+    if torch.compiler.is_compiling():
+        _begin_forward(noise, site.slot, site.clock, list(layout), planned)
+    else:
+        site.run.begin_forward(TokenLayout((layout[0], layout[1], layout[2]), *layout[3:]), noise, planned)
+
+
+def end_forward(site: Site) -> None:
+    """A forward of a site's transformer ends; traceable. Raises as `Run.end_forward`."""
+    if torch.compiler.is_compiling():
+        _end_forward(site.slot, site.clock)
+    else:
+        site.run.end_forward()
+
+
+@torch.library.custom_op("sparse_dit::attend", mutates_args=())
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slot: torch.Tensor,
+    clock: torch.Tensor,
+    axes: str,
+    scale: float | None,
+    backend: str,
+) -> torch.Tensor:
+    site = Site.find(slot)
+
+    def dense() -> torch.Tensor:
+        if axes == HEADS_FIRST:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        dispatch = sys.modules[site.home].dispatch_attention_fn
+        return cast(torch.Tensor, dispatch(q, k, v, scale=scale, backend=backend or None))
+
+    out = site.run.call(site.layer, q, k, v, axes=axes, scale=scale, refusal=None, dense=dense)
+    return rearrange(rearrange(out, f"{axes} -> {TOKENS_FIRST}").contiguous(), f"{TOKENS_FIRST} -> {axes}")
+
+
+@_attend.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slot: torch.Tensor,
+    clock: torch.Tensor,
+    axes: str,
+    scale: float | None,
+    backend: str,
+) -> torch.Tensor:
+    if axes == TOKENS_FIRST:
+        return q.new_empty(q.shape)
+    batch, heads, tokens, width = q.shape
+    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
+@torch.library.custom_op("sparse_dit::begin_forward", mutates_args=("clock",))
+def _begin_forward(
+    noise: torch.Tensor, slot: torch.Tensor, clock: torch.Tensor, layout: list[int], planned: int
+) -> None:
+    begin_forward(Site.find(slot), tuple(layout), noise, planned)
+
+
+@torch.library.custom_op("sparse_dit::end_forward", mutates_args=("clock",))
+def _end_forward(slot: torch.Tensor, clock: torch.Tensor) -> None:
+    end_forward(Site.find(slot))
+
+
+@torch.library.custom_op("sparse_dit::count_dense", mutates_args=("clock",))
+def _count_dense(slot: torch.Tensor, clock: torch.Tensor, reason: str) -> None:
+    Site.find(slot).run.tally.count_dense(reason)
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    grid: tuple[int, int, int],
+    recipe: str | Path | Mapping[str, Any] | Recipe = "radial",
+    text_before: int = 0,
+    text_after: int = 0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Sparse self-attention for a model of your own; the recipe's schedule is yours to follow.
+
+    Args:
+        q, k, v: [B, H, S, D], fp16, bf16 or fp32; S = text_before + T * H * W + text_after.
+        grid: (T, H, W), the video tokens, flattened with W fastest.
+        recipe: as `load_recipe`.
+        text_before: text tokens in front of the video tokens.
+        text_after: text tokens behind the video tokens.
+        scale: factor on the scores; `None` is 1 / sqrt(D).
+
+    Returns:
+        [B, H, S, D] in the dtype of q.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a recipe that `load_recipe` refuses.
+    """
+    layout = TokenLayout((grid[0], grid[1], grid[2]), text_before, text_after)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.shape != q.shape or tensor.ndim != 4 or tensor.shape[2] != layout.length:
+            raise ValueError(
+                f"{name}: shape {list(tensor.shape)}; valid: [B, H, {layout.length}, D] for grid {layout.grid} and "
+                f"{text_before} + {text_after} text tokens, the same for q, k and v"
+            )
+    recipe = load_recipe(recipe)
+    if is_dense(recipe):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    return _attend_blocks(q, k, v, plan(recipe, layout, q.device), scale)

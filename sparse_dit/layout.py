@@ -1,0 +1,51 @@
+"""Where the tokens of one self-attention call come from."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The tokens of one attention call, in the order the model flattens them.
+
+    The sequence is `text_before` text tokens, then the video tokens row-major over (T, H, W) with W fastest, then
+    `text_after` text tokens.
+
+    Args:
+        grid: (T, H, W), the video tokens after patching; an image has T = 1.
+        text_before: number of text tokens in front of the video tokens.
+        text_after: number of text tokens behind the video tokens.
+
+    Raises:
+        ValueError: a side of the grid is below 1, or a text span is negative.
+    """
+
+    grid: tuple[int, int, int]
+    text_before: int = 0
+    text_after: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.grid) != 3 or any(side < 1 for side in self.grid):
+            raise ValueError(f"grid: {self.grid!r}; valid: (T, H, W), three positive whole numbers")
+        for name in ("text_before", "text_after"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)!r}; valid: 0 or more tokens")
+
+    @property
+    def frames(self) -> int:
+        """Number of latent frames T."""
+        return self.grid[0]
+
+    @property
+    def frame_tokens(self) -> int:
+        """Video tokens of one latent frame, H * W."""
+        return self.grid[1] * self.grid[2]
+
+    @property
+    def video_tokens(self) -> int:
+        """Video tokens of the whole grid, T * H * W."""
+        return self.frames * self.frame_tokens
+
+    @property
+    def length(self) -> int:
+        """All tokens of the sequence, text included."""
+        return self.text_before + self.video_tokens + self.text_after

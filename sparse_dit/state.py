@@ -1,0 +1,215 @@
+"""What lives from one attention call to the next: where the run is, and what was counted."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from sparse_dit.layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the pipeline tells about a forward.
+
+    Attributes:
+        branch: CFG branch, such as `cond`, `uncond` or `cond_uncond`.
+        step: denoising step from 0; `None` when the pipeline does not tell.
+    """
+
+    branch: str = ""
+    step: int | None = None
+
+
+class RunState:
+    """Where a run is: step, noise level, branch and token layout, and what layers keep between steps.
+
+    One state serves all transformers of a pipeline, as they share the denoising steps.
+
+    Attributes:
+        context: set by the pipeline before a forward.
+        step: denoising step from 0.
+        noise: noise level in [0, 1], 1 is pure noise; `None` until it had to be read.
+        branch: CFG branch of the forward that runs.
+        layout: tokens of the forward that runs; `None` before the first one.
+    """
+
+    def __init__(self) -> None:
+        self.context = Context()
+        self._slots: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: a new run begins."""
+        self.step = 0
+        self.noise: float | None = None
+        self.branch = ""
+        self.layout: TokenLayout | None = None
+        self._rises: bool | None = None
+        self._slots.clear()
+
+    def begin_forward(self, layout: TokenLayout, noise: float | None) -> None:
+        """Take in the arguments of a forward of a transformer.
+
+        The step is the pipeline's own when its context has one, else the number of changes of the noise level so far:
+        forwards are not counted, because CFG and caches add and remove them. The first change tells the direction. A
+        step back, a jump against the direction or another grid begins a new run.
+
+        Args:
+            layout: tokens of the forward.
+            noise: noise level in [0, 1]; needed when the context has no step.
+
+        Raises:
+            ValueError: neither the context has a step nor is there a noise level.
+        """
+        told = self.context.step
+        if told is None and noise is None:
+            raise ValueError("noise: None; valid: a noise level, when the pipeline tells no step")
+        if self.layout is not None and (layout.grid != self.layout.grid or self._goes_back(told, noise)):
+            self.reset()
+        if told is not None:
+            self.step = told
+        elif self.noise is not None and noise is not None and noise != self.noise:
+            self._rises = noise > self.noise
+            self.step += 1
+        self.layout, self.noise, self.branch = layout, noise, self.context.branch
+
+    def _goes_back(self, told: int | None, noise: float | None) -> bool:
+        if told is not None:
+            return told < self.step
+        if noise is None or self.noise is None or self._rises is None or noise == self.noise:
+            return False
+        return (noise > self.noise) != self._rises
+
+    def slot(self, layer: int) -> dict[str, torch.Tensor]:
+        """What a layer keeps between the steps of the branch that runs, by name; emptied by `reset`."""
+        return self._slots.setdefault((layer, self.branch), {})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that layers keep."""
+        return sum(kept.nbytes for slot in self._slots.values() for kept in slot.values())
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What happened since sparse attention was enabled, in completed forwards.
+
+    Attributes:
+        planned: self-attention calls that the model's layers should have made.
+        made: self-attention calls that were made.
+        sparse: calls that ran sparse.
+        dense: calls that ran on the model's own dense backend, by reason.
+        density: mean density of the sparse calls; `None` when there were none.
+        run_density: mean density of all calls, dense ones counted as 1; `None` when there were none.
+        attention_seconds: time in all self-attention calls; `None` when timing was off.
+        backend: kernel backends of the sparse calls, joined by `+`; `dense` when there were none.
+    """
+
+    planned: int
+    made: int
+    sparse: int
+    dense: dict[str, int]
+    density: float | None
+    run_density: float | None
+    attention_seconds: float | None
+    backend: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass
+class _Counts:
+    planned: int = 0
+    dense: Counter[str] = field(default_factory=Counter)
+    sparse: int = 0
+    density: float = 0.0  # sum over the sparse calls
+
+    @property
+    def made(self) -> int:
+        return self.sparse + self.dense.total()
+
+
+class Tally:
+    """Counts calls, and times them if asked. Only completed forwards count.
+
+    Args:
+        timing: whether to time every call; CUDA calls are timed by events, without synchronising.
+    """
+
+    def __init__(self, timing: bool) -> None:
+        self.timing = timing
+        self._total = _Counts()
+        self._forward = _Counts()
+        self._backends: set[str] = set()
+        self._seconds = 0.0
+        self._events: list[tuple[torch.Event, torch.Event]] = []
+
+    def begin_forward(self, planned: int) -> None:
+        """Start counting a forward of `planned` self-attention layers; what an unfinished one counted is dropped."""
+        self._forward = _Counts(planned=planned)
+
+    def end_forward(self) -> tuple[int, int]:
+        """Add the forward to the total.
+
+        Returns:
+            The calls planned and the calls made in it.
+        """
+        done, total = self._forward, self._total
+        total.planned += done.planned
+        total.sparse += done.sparse
+        total.density += done.density
+        total.dense.update(done.dense)
+        self._forward = _Counts()
+        return done.planned, done.made
+
+    def count_dense(self, reason: str) -> None:
+        """Count a call that ran dense."""
+        self._forward.dense[reason] += 1
+
+    def count_sparse(self, density: float, backend: str) -> None:
+        """Count a call that ran sparse."""
+        self._forward.sparse += 1
+        self._forward.density += density
+        self._backends.add(backend)
+
+    @contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        """Time what runs inside, if timing is on."""
+        if not self.timing:
+            yield
+        elif device.type == "cuda":
+            begin, end = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
+            stream = torch.cuda.current_stream(device)
+            begin.record(stream)
+            yield
+            end.record(stream)
+            self._events.append((begin, end))
+        else:
+            begin_seconds = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - begin_seconds
+
+    def summary(self) -> Summary:
+        """The counts so far; waits for the GPU when it has timed calls there."""
+        for begin, end in self._events:
+            end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1000
+        self._events.clear()
+        total = self._total
+        return Summary(
+            planned=total.planned,
+            made=total.made,
+            sparse=total.sparse,
+            dense=dict(total.dense),
+            density=total.density / total.sparse if total.sparse else None,
+            run_density=(total.density + total.dense.total()) / total.made if total.made else None,
+            attention_seconds=self._seconds if self.timing else None,
+            backend="+".join(sorted(self._backends)) or "dense",
+        )

@@ -1,0 +1,311 @@
+"""The commands, and every bad input as one line."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+import yaml
+
+from sparse_dit import __version__
+from sparse_dit.app.cli import COMMANDS, main
+from sparse_dit.recipe import load_recipe, recipe_names
+
+SIZE = ["--height", "64", "--width", "64", "--num_frames", "9", "--steps", "3"]
+PROMPT = ["--prompt", "a small red circle moves right"]
+SMALL_BLOCKS = ["--recipe.block_q", "32", "--recipe.block_k", "32", "--recipe.schedule.dense_steps", "1"]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_compare_writes_videos_and_a_result(mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "demo"
+    arguments = ["compare", "--model", str(mini_wan), *PROMPT, *SIZE, *SMALL_BLOCKS, "--seed", "5", "--out", str(out)]
+    assert main(arguments) == 0
+    assert files(tmp_path) == [
+        "deep",
+        "deep/demo",
+        *(f"deep/demo/{name}" for name in ("dense.mp4", "result.json", "side-by-side.mp4", "sparse.mp4")),
+    ]
+    for name in ("dense", "sparse"):
+        assert iio.imread(out / f"{name}.mp4").shape == (9, 64, 64, 3)
+    assert iio.imread(out / "side-by-side.mp4").shape[0] == 9
+
+    result = json.loads((out / "result.json").read_text())
+    assert result["model"] == str(mini_wan)
+    assert (result["seed"], result["prompt"], result["steps"]) == (5, PROMPT[1], 3)
+    assert result["grid"] == [3, 8, 8]
+    assert load_recipe(result["recipe"]).block_q == 32
+    assert 0 < result["density"] < 1
+    assert 0 < result["psnr_min"] <= result["psnr"] < math.inf
+    assert 0 < result["ssim_min"] <= result["ssim"] < 1
+    for field in ("seconds_dense", "seconds_sparse", "attention_seconds_dense", "attention_seconds_sparse"):
+        assert result[field] > 0
+    # Two layers, two branches, three steps, of which one is dense.
+    assert result["calls"] == {"planned": 12, "made": 12, "sparse": 8, "dense": {"dense_steps": 4}}
+    assert result["run_density"] == pytest.approx((4 + 8 * result["density"]) / 12)
+    assert result["device"]["type"] in ("cpu", "cuda")
+    assert {"python", "torch", "diffusers", "transformers", "sparse-dit"} <= result["versions"].keys()
+    assert result["schema"] == 1
+    assert "revision" in result
+
+    output = capsys.readouterr()
+    assert output.out.count("attention seconds") == 1
+    assert "tiny-radial" in output.err, "no progress bar"
+
+
+def test_dense_against_dense_is_equal(mini_wan: Path, tmp_path: Path) -> None:
+    assert main(["compare", "--model", str(mini_wan), *PROMPT, *SIZE, "--recipe", "dense", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["psnr"] == result["psnr_min"] == "inf"
+    assert result["ssim"] == pytest.approx(1)
+    assert result["calls"]["dense"] == {"recipe": 12}
+    assert (result["density"], result["run_density"]) == (None, 1)
+
+
+def test_density_one_is_dense_up_to_rounding(mini_wan: Path, tmp_path: Path) -> None:
+    options = [*SMALL_BLOCKS[:4], "--recipe.selection.density", "1.0", "--recipe.schedule.dense_steps", "0"]
+    assert main(["compare", "--model", str(mini_wan), *PROMPT, *SIZE, *options, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["density"] == 1
+    assert float(result["psnr_min"]) > 80
+
+
+def test_generate_writes_one_video(mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    video = tmp_path / "new" / "clip.mp4"
+    assert main(["generate", "--model", str(mini_wan), *PROMPT, *SIZE, *SMALL_BLOCKS, "--out", str(video)]) == 0
+    assert files(tmp_path) == ["new", "new/clip.mp4"]
+    assert iio.imread(video).shape == (9, 64, 64, 3)
+    assert str(video) in capsys.readouterr().out
+
+
+def test_methods_lists_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in recipe_names())
+    assert main(["methods", "--json"]) == 0
+    recipes = json.loads(capsys.readouterr().out)
+    assert [recipe["name"] for recipe in recipes] == recipe_names()
+    assert [load_recipe(recipe).to_dict() for recipe in recipes] == recipes
+
+
+def test_explain_tells_the_plan(mini_wan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["explain", "--model", str(mini_wan), *SIZE, *SMALL_BLOCKS]
+    assert main(arguments) == 0
+    assert "density" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["grid"] == [3, 8, 8]
+    assert len(plan["steps"]) == 3
+
+
+def test_eval_writes_rows_and_resumes(mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results" / "rows.jsonl"
+    arguments = [
+        "eval", "--model", str(mini_wan), *SIZE, *SMALL_BLOCKS[:4], "--prompts", "held-out:2",
+        "--densities", "0.7", "0.5", "--dense_fractions", "0", "0.34", "--out", str(out),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == len({row["id"] for row in rows}) == 8
+    assert {row["recipe"]["selection"]["density"] for row in rows} == {0.7, 0.5}
+    assert {row["recipe"]["schedule"]["dense_steps"] for row in rows} == {0, 1}
+    assert len({(row["prompt"], row["seed"]) for row in rows}) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 8
+    assert files(tmp_path) == ["results", "results/rows.jsonl"]
+
+    kept = out.read_bytes()
+    out.write_bytes(kept[:-20])
+    assert main(arguments) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["id"] for row in again] == [row["id"] for row in rows]
+    assert [row["psnr"] for row in again] == [row["psnr"] for row in rows]
+
+
+def test_print_config_feeds_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        *PROMPT,
+        "--seed",
+        "9",
+        "--recipe",
+        "radial",
+        "--recipe.selection.density",
+        "0.25",
+        "--recipe.block_k=32",
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", *options, "--print_config"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    config = yaml.safe_load(printed)
+    assert config["seed"] == 9
+    assert config["recipe"]["selection"]["density"] == 0.25
+    file = tmp_path / "config.yaml"
+    file.write_text(printed)
+    with pytest.raises(SystemExit):
+        main(["compare", "--config", str(file), "--print_config"])
+    assert capsys.readouterr().out == printed
+    # A dotted option changes the recipe of the file, not the default one.
+    with pytest.raises(SystemExit):
+        main(["compare", "--config", str(file), "--recipe.schedule.dense_steps", "2", "--print_config"])
+    changed = yaml.safe_load(capsys.readouterr().out)["recipe"]
+    assert changed["schedule"]["dense_steps"] == 2
+    assert changed["selection"]["density"] == 0.25
+    assert changed["block_k"] == 32
+
+
+def test_a_recipe_may_be_a_file(mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(load_recipe("radial").override({"name": "mine", "block_q": 32, "block_k": 32}).to_yaml())
+    assert (
+        main(
+            ["explain", "--model", str(mini_wan), *SIZE, "--recipe", str(file), "--recipe.schedule.dense_layers", "[1]"]
+        )
+        == 0
+    )
+    assert "recipe mine" in capsys.readouterr().out
+
+
+def _not_a_model(folder: Path) -> None:
+    (folder / "model_index.json").write_text("{")
+
+
+def _unknown_transformer(folder: Path) -> None:
+    """A pipeline that diffusers loads but no family knows: its transformer is left out."""
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "transformer": [None, None]}))
+    shutil.rmtree(folder / "transformer")
+
+
+BAD = {
+    "no command": ([], "compare"),
+    "unknown command": (["compar"], "'compare'"),
+    "unknown option": (["compare", *PROMPT, "--step", "3"], "--steps"),
+    "abbreviated recipe field": (["compare", *PROMPT, "--recipe.block", "32"], "block_q"),
+    "no prompt": (["compare"], "--prompt"),
+    "no value": (["compare", *PROMPT, "--recipe.block_q"], "VALUE"),
+    "steps in words": (["compare", *PROMPT, "--steps", "many"], "int"),
+    "steps of zero": (["compare", *PROMPT, "--steps", "0"], "from 1"),
+    "unknown device": (["compare", *PROMPT, "--device", "gpu"], "cuda"),
+    "unknown recipe": (["compare", *PROMPT, "--recipe", "radail"], "radial"),
+    "missing recipe file": (["compare", *PROMPT, "--recipe", "no/such.yaml"], "no/such.yaml"),
+    "density of zero": (["compare", *PROMPT, "--recipe.selection.density", "0"], "(0, 1]"),
+    "density above one": (["compare", *PROMPT, "--recipe.selection.density", "1.5"], "(0, 1]"),
+    "density in words": (["compare", *PROMPT, "--recipe.selection.density", "half"], "number"),
+    "block size without kernel": (["compare", *PROMPT, "--recipe.block_q", "48"], "16, 32, 64, 128"),
+    "missing config": (["compare", *PROMPT, "--config", "no/such.yaml"], "valid: a YAML file"),
+    "missing config with recipe": (["compare", "--config=no.yaml", *SMALL_BLOCKS], "valid: a YAML file"),
+    "missing model": (["compare", *PROMPT, "--model", "/no/such/model"], "tiny-wan"),
+    "not a video file": (["generate", *PROMPT, "--out", "clip.gif"], ".mp4"),
+    "unknown prompts": (["eval", "--prompts", "held-out:none"], "held-out:N"),
+    "missing prompts": (["eval", "--prompts", "no/such.txt"], "held-out:N"),
+    "density of a sweep": (["eval", "--densities", "2"], "(0, 1]"),
+    "fraction of a sweep": (["eval", "--dense_fractions", "-1"], "0 to 1"),
+}
+
+
+CONFIGS = {
+    "torn": ("prompt: [", "valid: a YAML file"),
+    "no options": ("just text", "valid: a YAML file"),
+    "unknown option": ("prompt: x\nstepz: 3", "stepz"),
+    "unknown recipe": ("prompt: x\nrecipe: radail", "radial"),
+    "wrong recipe": ("prompt: x\nrecipe: {name: mine, block_q: 48}", "16, 32, 64, 128"),
+    "wrong kind": ("prompt: x\nsteps: many", "int"),
+}
+
+
+def assert_one_line_error(argv: list[str], valid: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(out)
+    assert main(argv) == 2
+    output = capsys.readouterr()
+    lines = output.err.splitlines()
+    assert len(lines) == 1, output.err
+    assert lines[0].startswith("sparse-dit: error: ")
+    assert valid in lines[0]
+    assert output.out == ""
+    assert files(out) == before, "something was left behind"
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv, valid = BAD[name]
+    assert_one_line_error(argv, valid, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bad_config_files_are_one_line(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, valid = CONFIGS[name]
+    (tmp_path / "config.yaml").write_text(text)
+    assert_one_line_error(["compare", "--config", "config.yaml"], valid, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("damage", "valid"),
+    [(_not_a_model, "model_index.json is damaged"), (_unknown_transformer, "WanTransformer3DModel")],
+)
+@pytest.mark.parametrize("command", ["compare", "generate"])
+def test_bad_models_are_one_line(
+    command: str, damage, valid: str, mini_wan: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = shutil.copytree(mini_wan, tmp_path / "model")
+    damage(model)
+    assert_one_line_error([command, "--model", str(model), *PROMPT, *SIZE], valid, tmp_path, capsys)
+
+
+def test_bad_sizes_and_layers_are_one_line(mini_wan: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = ["compare", "--model", str(mini_wan), *PROMPT]
+    assert_one_line_error([*base, *SIZE, "--recipe.schedule.dense_layers", "[7]"], "0 to 1", tmp_path, capsys)
+    assert_one_line_error([*base, *SIZE, "--height", "50"], "divisible by 16", tmp_path, capsys)
+
+
+@pytest.mark.parametrize("command", ["compare", "generate"])
+def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / ("clip.mp4" if command == "generate" else "folder")
+    argv = [command, *PROMPT, "--model", "/no/such/model", "--out", str(out)]
+    assert_one_line_error(argv, "valid: a folder that can be written", tmp_path, capsys)
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = (
+        "import sys; from sparse_dit.app.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+        assert "--config" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert __version__ in capsys.readouterr().out
+
+
+def test_as_a_module_without_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sparse_dit.app", "compare", *PROMPT, "--recipe", "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

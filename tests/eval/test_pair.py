@@ -1,0 +1,49 @@
+"""Paired runs: one noise, one dense run, and a pipeline that is left as it was."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparse_dit.eval import pair
+from sparse_dit.pipelines.generate import Request, generate, load_pipeline
+from sparse_dit.recipe import load_recipe
+
+REQUEST = Request("a red circle moves right", seed=3, steps=2, height=64, width=64, num_frames=9)
+RADIAL = load_recipe("radial").override(
+    {"schedule.dense_steps": 0, "schedule.dense_layers": [], "block_q": 32, "block_k": 32}
+)
+
+
+@pytest.fixture(scope="module")
+def pipe(mini_wan: Path):
+    loaded = load_pipeline(str(mini_wan))
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_several_recipes_share_a_dense_run_and_leave_no_trace(pipe) -> None:
+    before = generate(pipe, REQUEST)
+    denser, sparser = (RADIAL.override({"selection.density": density}) for density in (1.0, 0.4))
+    first, second = pair.compare(pipe, REQUEST, [denser, sparser], model="mini", warm_up=False)
+    np.testing.assert_array_equal(first.dense, before)
+    assert second.dense is first.dense
+    assert first.record["seconds_dense"] == second.record["seconds_dense"]
+    assert first.record["psnr"] > second.record["psnr"]
+    assert first.record["density"] > second.record["density"]
+    assert np.abs(second.sparse - second.dense).max() > 0
+    np.testing.assert_array_equal(generate(pipe, REQUEST), before)
+    assert pipe._progress_bar_config == {"disable": True}
+
+
+def test_warming_up_changes_no_result(pipe) -> None:
+    [cold] = pair.compare(pipe, REQUEST, [RADIAL], warm_up=False)
+    [warm] = pair.compare(pipe, REQUEST, [RADIAL], warm_up=True)
+    np.testing.assert_array_equal(warm.sparse, cold.sparse)
+    assert warm.record["calls"] == cold.record["calls"]
+
+
+def test_a_recipe_that_does_not_fit_is_told_before_the_dense_run(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair, "run", lambda *args, **kwargs: pytest.fail("something ran"))
+    with pytest.raises(ValueError, match="dense_layers"):
+        list(pair.compare(pipe, REQUEST, [RADIAL.override({"schedule.dense_layers": [9]})]))

@@ -1,0 +1,72 @@
+"""Rows: valid JSON, whole or not there."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from sparse_dit.eval.results import SCHEMA, append_row, identity, load_rows, provenance, to_json
+
+
+def test_rows_come_back(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "rows.jsonl"
+    rows = [{"psnr": 31.5, "recipe": {"name": "radial", "selection": None}}, {"psnr": math.inf, "prompt": "Äö\nü"}]
+    assert load_rows(file) == []
+    for row in rows:
+        append_row(file, row)
+    assert load_rows(file) == [{"schema": SCHEMA, **row} for row in rows]
+    assert len(file.read_text().splitlines()) == 2
+
+
+def test_infinity_is_valid_json_and_nan_is_refused(tmp_path: Path) -> None:
+    assert json.loads(to_json({"psnr": math.inf, "more": [math.inf]}))["psnr"] == "inf"
+    assert float(json.loads(to_json({"psnr": math.inf}))["psnr"]) == math.inf
+    file = tmp_path / "rows.jsonl"
+    with pytest.raises(ValueError, match="JSON"):
+        append_row(file, {"psnr": math.nan})
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("torn", [1, 5, 30])
+def test_a_torn_row_is_no_row_and_does_not_hurt_the_next(tmp_path: Path, torn: int) -> None:
+    file = tmp_path / "rows.jsonl"
+    append_row(file, {"number": 1})
+    append_row(file, {"number": 2, "text": "x" * 40})
+    file.write_bytes(file.read_bytes()[:-torn])
+    assert [row["number"] for row in load_rows(file)] == [1]
+    append_row(file, {"number": 3})
+    assert [row["number"] for row in load_rows(file)] == [1, 3]
+
+
+def test_a_file_that_is_torn_from_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"schema": 1, "numb')
+    append_row(file, {"number": 1})
+    assert [row["number"] for row in load_rows(file)] == [1]
+
+
+def test_damage_and_other_schemas_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    append_row(file, {"number": 1})
+    with file.open("a") as stream:
+        stream.write("{broken}\n")
+    with pytest.raises(ValueError, match="line 2"):
+        load_rows(file)
+    file.write_text(json.dumps({"schema": SCHEMA + 1}) + "\n")
+    with pytest.raises(ValueError, match=f"schema {SCHEMA}"):
+        load_rows(file)
+
+
+def test_identity_depends_on_every_value_and_not_on_order() -> None:
+    base = identity(seed=1, recipe={"a": 1, "b": 2})
+    assert identity(recipe={"b": 2, "a": 1}, seed=1) == base
+    assert identity(seed=2, recipe={"a": 1, "b": 2}) != base
+    assert identity(seed=1, recipe={"a": 1, "b": 3}) != base
+
+
+def test_provenance_names_versions() -> None:
+    where = provenance()
+    assert where["versions"]["torch"]
+    assert where["versions"]["sparse-dit"]
+    assert where["created"].endswith("+00:00")

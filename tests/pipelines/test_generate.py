@@ -1,0 +1,200 @@
+"""Loading, generating and writing: what is refused, what is kept."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from sparse_dit.pipelines import tiny_wan
+from sparse_dit.pipelines.generate import Request, call_arguments, find_model, generate, load_pipeline, write_video
+
+SMALL = Request("a red circle moves right", seed=3, steps=2, height=32, width=32, num_frames=5)
+
+
+@pytest.fixture(scope="module")
+def pipe(mini_wan: Path) -> WanPipeline:
+    loaded = load_pipeline(str(mini_wan))
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.fixture
+def broken(mini_wan: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(mini_wan, tmp_path / "broken"))
+
+
+def test_frames_are_in_range_and_follow_the_seed(pipe: WanPipeline) -> None:
+    frames = generate(pipe, SMALL)
+    assert frames.shape == (5, 32, 32, 3)
+    assert frames.dtype == np.float32
+    assert frames.min() >= 0
+    assert frames.max() <= 1
+    np.testing.assert_array_equal(generate(pipe, SMALL), frames)
+    assert np.abs(generate(pipe, replace(SMALL, seed=4)) - frames).max() > 0.01
+
+
+def test_frames_are_the_pipelines_own(pipe: WanPipeline) -> None:
+    own = pipe(
+        SMALL.prompt,
+        height=32,
+        width=32,
+        num_frames=5,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(3),
+    ).frames[0]
+    np.testing.assert_array_equal(generate(pipe, SMALL), own)
+
+
+def test_defaults_are_the_models_own(pipe: WanPipeline, monkeypatch: pytest.MonkeyPatch, mini_wan: Path) -> None:
+    arguments = call_arguments(pipe, Request("x", steps=7))
+    assert arguments == {
+        "prompt": "x",
+        "num_inference_steps": 7,
+        "height": 480,
+        "width": 832,
+        "num_frames": 81,
+        "guidance_scale": 5.0,
+    }
+    monkeypatch.setattr(tiny_wan, "MODEL_DIR", mini_wan)
+    assert call_arguments(pipe, Request("x")) == {"prompt": "x", **tiny_wan.DEFAULTS}
+    assert call_arguments(pipe, Request("x", height=64)) == {"prompt": "x", **tiny_wan.DEFAULTS, "height": 64}
+
+
+def test_a_request_that_the_pipeline_does_not_take() -> None:
+    class ImagePipeline:
+        def __call__(self, prompt: str, height: int = 64) -> None: ...
+
+    with pytest.raises(ValueError, match="num_frames: ImagePipeline does not take it"):
+        call_arguments(ImagePipeline(), Request("x", num_frames=5))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"height": -8}, {"num_frames": 0}, {"seed": -1}, {"guidance_scale": float("nan")}]
+)
+def test_requests_are_checked(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: "):
+        replace(SMALL, **wrong)
+
+
+def test_frames_that_are_not_finite_are_refused(mini_wan: Path) -> None:
+    spoilt = load_pipeline(str(mini_wan))
+    spoilt.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        spoilt.transformer.proj_out.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        generate(spoilt, SMALL)
+
+
+def test_models_are_folders_or_hub_ids(mini_wan: Path) -> None:
+    assert find_model("tiny-wan") == tiny_wan.MODEL_DIR
+    assert find_model(str(mini_wan)) == mini_wan
+    assert find_model("Wan-AI/Wan2.1-T2V-1.3B-Diffusers") == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    for nothing in ("tiny_wan", "/no/such/folder", "./nothing", ""):
+        with pytest.raises(ValueError, match="'tiny-wan', a folder"):
+            find_model(nothing)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pkl", ".ckpt", ".pth"])
+def test_pickled_weights_are_refused(broken: Path, suffix: str) -> None:
+    (broken / "vae" / f"more{suffix}").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"more{suffix} is refused; valid: weights in .safetensors"):
+        load_pipeline(str(broken))
+
+
+def _no_index(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+
+
+def _broken_index(folder: Path) -> None:
+    (folder / "model_index.json").write_text('{"_class_name": "WanPip')
+
+
+def _unknown_pipeline(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "WanPipelin"}))
+
+
+def _foreign_code(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": ["pipeline", "Mine"]}))
+
+
+def _no_component(folder: Path) -> None:
+    shutil.rmtree(folder / "vae")
+
+
+def _no_weights(folder: Path) -> None:
+    next((folder / "transformer").glob("*.safetensors")).unlink()
+
+
+def _truncated_weights(folder: Path) -> None:
+    file = next((folder / "transformer").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _empty_weights(folder: Path) -> None:
+    next((folder / "vae").glob("*.safetensors")).write_bytes(b"")
+
+
+def _broken_config(folder: Path) -> None:
+    (folder / "transformer" / "config.json").write_text("[1, 2]")
+
+
+def _other_shapes(folder: Path) -> None:
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    (folder / "transformer" / "config.json").write_text(json.dumps({**config, "ffn_dim": 48}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_no_index, "model_index.json is missing"),
+        (_broken_index, "model_index.json is damaged"),
+        (_unknown_pipeline, "nearest is 'WanPipeline'"),
+        (_foreign_code, "valid: a pipeline of diffusers"),
+        (_no_component, "lacks the folder 'vae'"),
+        (_no_weights, "cannot be loaded"),
+        (_truncated_weights, r"transformer/.*safetensors is damaged"),
+        (_empty_weights, r"vae/.*safetensors is damaged"),
+        (_broken_config, "config.json is damaged"),
+        (_other_shapes, "cannot be loaded"),
+    ],
+)
+def test_a_damaged_folder_is_one_line(broken: Path, damage, message: str) -> None:
+    damage(broken)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_pipeline(str(broken))
+    assert "\n" not in str(caught.value)
+
+
+def test_cuda_without_a_device(mini_wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device"):
+        load_pipeline(str(mini_wan), "cuda")
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 34), (33, 47)])
+def test_a_video_keeps_its_size_and_length(tmp_path: Path, height: int, width: int) -> None:
+    ramp = np.linspace(0, 1, 7, dtype=np.float32)[:, None, None, None]
+    frames = np.broadcast_to(ramp, (7, height, width, 3))
+    write_video(frames, tmp_path / "ramp.mp4", fps=8)
+    assert [file.name for file in tmp_path.iterdir()] == ["ramp.mp4"]
+    read = iio.imread(tmp_path / "ramp.mp4")
+    assert read.shape == (7, height, width, 3)
+    np.testing.assert_allclose(read.mean(axis=(1, 2, 3)) / 255, ramp.ravel(), atol=0.02)
+
+
+def test_a_video_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    for frames in (np.zeros((0, 8, 8, 3), np.float32), np.zeros((2, 8, 8, 4), np.float32)):
+        with pytest.raises(ValueError, match="frames: shape"):
+            write_video(frames, tmp_path / "x.mp4")
+    with pytest.raises(ValueError, match=r"\.mp4"):
+        write_video(np.zeros((2, 8, 8, 3), np.float32), tmp_path / "x.gif")
+    assert not list(tmp_path.iterdir())

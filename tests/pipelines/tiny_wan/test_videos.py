@@ -1,0 +1,99 @@
+"""Captions, the videos drawn from them, and the judge that reads videos: on rendered ones its answers are known."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_dit.pipelines.tiny_wan.grammar import (
+    COLORS,
+    DIRECTIONS,
+    Scene,
+    draw_scene,
+    held_out_prompts,
+    held_out_scenes,
+    vocabulary,
+)
+from sparse_dit.pipelines.tiny_wan.judge import judge, shares
+from sparse_dit.pipelines.tiny_wan.videos import check_photos, render
+
+
+@given(st.integers(0, 10_000))
+def test_training_never_draws_a_held_out_caption(seed: int) -> None:
+    rng = random.Random(seed)
+    assert not draw_scene(rng).held_out
+    assert draw_scene(rng, held_out=True).held_out
+
+
+def test_held_out_prompts_are_different_repeatable_and_spelled_in_the_vocabulary() -> None:
+    prompts = held_out_prompts(64, seed=0)
+    assert len(set(prompts)) == 64
+    assert prompts == held_out_prompts(64, seed=0)
+    assert prompts != held_out_prompts(64, seed=1)
+    assert {word for prompt in prompts for word in prompt.split()} <= set(vocabulary())
+
+
+def test_held_out_prompts_refuses_no_prompts() -> None:
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+        held_out_prompts(0)
+
+
+@pytest.mark.parametrize(("frames", "size"), [(1, 16), (5, 33), (9, 64)])
+def test_render_fills_every_pixel(frames: int, size: int) -> None:
+    check_photos()
+    scenes = [*held_out_scenes(6, seed=4), Scene("zooms out", photo="a cat"), Scene("pans up", photo="the moon")]
+    video = render(scenes, frames=frames, size=size, seed=1)
+    assert video.shape == (8, 3, frames, size, size)
+    assert torch.isfinite(video).all()
+    assert video.amin() >= -1
+    assert video.amax() <= 1
+    assert torch.equal(video, render(scenes, frames=frames, size=size, seed=1))
+    assert not torch.equal(video, render(scenes, frames=frames, size=size, seed=2))
+
+
+def test_judge_is_right_on_rendered_videos() -> None:
+    scenes = held_out_scenes(24, seed=2)
+    scenes += [Scene(f"pans {direction}", photo=photo) for direction in DIRECTIONS for photo in ("a cat", "some coins")]
+    videos = (render(scenes, frames=17, size=64, seed=3) + 1) / 2
+    verdicts = [judge(scene, video.permute(1, 2, 3, 0)) for scene, video in zip(scenes, videos, strict=True)]
+    found = shares(verdicts)
+    assert found["color_judged"] >= 20
+    assert found["motion_judged"] >= 24
+    assert found["color_right"] == 1
+    assert found["motion_right"] >= 0.95
+
+
+def test_judge_finds_planted_mistakes() -> None:
+    told = Scene("moving left", "red", "plain", "circle", "large", "a dark wall")
+    shown = Scene("moving right", "blue", "plain", "circle", "large", "a dark wall")
+    video = (render([shown], frames=9, size=64, seed=0)[0].permute(1, 2, 3, 0) + 1) / 2
+    verdict = judge(told, video)
+    assert (verdict.color, verdict.color_right) == ("blue", False)
+    assert (verdict.motion, verdict.motion_right) == ("right", False)
+
+
+def test_judge_calls_gray_mush_wrong() -> None:
+    mush = torch.full((9, 64, 64, 3), 0.5) + 0.02 * torch.randn(
+        9, 64, 64, 3, generator=torch.Generator().manual_seed(0)
+    )
+    verdict = judge(Scene("moving left", "red", "plain", "circle", "large", "a dark wall"), mush)
+    assert verdict.color == "none"
+    assert verdict.color_right is False
+    assert verdict.motion_right is False
+
+
+def test_judge_refuses_channels_first() -> None:
+    with pytest.raises(ValueError, match=r"video must be \[T, H, W, 3\], got \[3, 9, 8, 8\]"):
+        judge(Scene("moving left", "red", "plain", "circle", "large", "a dark wall"), torch.zeros(3, 9, 8, 8))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.sampled_from(sorted(COLORS)), st.sampled_from(sorted(DIRECTIONS)), st.integers(0, 99))
+def test_every_color_and_direction_is_recognised(color: str, direction: str, seed: int) -> None:
+    scene = Scene(f"moving {direction}", color, "plain", "square", "small", "a gray gradient")
+    video = (render([scene], frames=9, size=48, seed=seed)[0].permute(1, 2, 3, 0) + 1) / 2
+    verdict = judge(scene, video)
+    assert verdict.color == color
+    assert verdict.motion == direction
