@@ -1,6 +1,6 @@
 """How far self-attention looks: the mean attention mass by temporal and spatial distance.
 
-    python -m sparse_dit.eval.decay --model tiny-wan --prompts 4 --out eval/results
+    python -m sparse_dit.eval.decay --prompts 4 --out eval/results
 
 Rows of sampled queries are computed in fp32 next to the model's own attention, which is left as it is; nothing of size
 S x S is stored.
@@ -61,26 +61,13 @@ class Decay:
         space = torch.hypot((y[rows, None] - y).double(), (x[rows, None] - x).double()).round().long()
         return (t[rows, None] - t).abs(), space
 
-    def by_time(self) -> list[float]:
-        """Share of a query's mass that lies `dt` frames away; sums to 1."""
-        return [float(value) for value in self.mass.sum(1) / self.queries]
-
     def relative(self, axis: str) -> list[float]:
         """Mean mass of one key at each distance over that of uniform attention; axis "time" or "space"."""
         if axis not in ("time", "space"):
             raise ValueError(f"axis must be 'time' or 'space', got {axis!r}")
         dim = 1 if axis == "time" else 0
         keys = self.keys.sum(dim).clamp(min=1)
-        return [float(value) for value in self.mass.sum(dim) / keys * math.prod(self.grid)]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a distance, for eval/results."""
-        named = [("time", self.relative("time")), ("space", self.relative("space"))]
-        return [
-            {"axis": axis, "distance": distance, "relative_mass": round(value, 4)}
-            for axis, values in named
-            for distance, value in enumerate(values)
-        ]
+        return [round(float(value), 5) for value in self.mass.sum(dim) / keys * math.prod(self.grid)]
 
 
 class _SampledRows(TorchFunctionMode):
@@ -131,20 +118,34 @@ def draw(decay: Decay, path: Path) -> None:
 
 
 def main() -> None:
-    from sparse_dit.eval.results import append_row
+    from sparse_dit.eval.pair import DENSE, plan_arguments
+    from sparse_dit.eval.results import append_row, device_of, provenance
     from sparse_dit.pipelines.generate import Request, generate, load_pipeline
+    from sparse_dit.pipelines.patch import explain
     from sparse_dit.pipelines.tiny_wan.grammar import held_out_prompts
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=4, help="held-out prompts to generate")
     parser.add_argument("--out", type=Path, default=Path("eval/results"))
     options = parser.parse_args()
-    pipe = load_pipeline("tiny-wan", device="cpu", dtype=torch.float32)
-    with measured((9, 16, 16)) as decay:
-        for seed, prompt in enumerate(held_out_prompts(options.prompts, seed=11)):
-            generate(pipe, Request(prompt=prompt, seed=seed))
-    for row in decay.rows():
-        append_row(options.out / "tiny-wan-decay.jsonl", {"model": "tiny-wan", "queries": decay.queries, **row})
+    pipe = load_pipeline("tiny-wan")
+    requests = [Request(prompt, seed=seed) for seed, prompt in enumerate(held_out_prompts(options.prompts, seed=11))]
+    grid = explain(pipe, DENSE, **plan_arguments(pipe, requests[0])).grid
+    with measured(grid) as decay:
+        for request in requests:
+            generate(pipe, request)
+    source = {
+        "model": "tiny-wan",
+        "grid": list(grid),
+        "prompts": options.prompts,
+        "queries": decay.queries,
+        "device": device_of(pipe.device, pipe.dtype),
+        **provenance(),
+    }
+    append_row(
+        options.out / "tiny-wan-decay.jsonl",
+        {**source, **{f"relative_mass_by_{axis}": decay.relative(axis) for axis in ("time", "space")}},
+    )
     draw(decay, options.out / "pictures" / "tiny-wan-decay.png")
 
 

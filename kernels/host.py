@@ -14,9 +14,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# Elements of K gathered at once. A million in fp32 is 4 MB, and as much for V: few calls, and still in a shared cache
-# when they are used. All gathers use one buffer: fresh pages for each can cost as much as the attention itself.
-GATHERED = 2**20
+# Elements of K gathered at once. Half a million in fp32 is 2 MB, and as much for V: still in cache when they are used.
+# All gathers use one buffer, and a small one: fresh pages from the system can cost as much as the attention itself.
+GATHERED = 2**19
 # Elements of the score matrix held at once where no fused attention is at hand.
 SCORES = 2**24
 
@@ -32,9 +32,9 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The groups of a list, and what they were made from."""
+    """The groups of each batch entry's lists, and what they were made from."""
 
-    groups: list[_Group]
+    groups: list[list[_Group]]
     counts: ReferenceType[Tensor]
     made_from: tuple[int, int, int, bool]
 
@@ -47,46 +47,59 @@ def host_attention(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_q: int, block_k: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The contract of `ops.block_sparse_attention`, arguments already checked."""
-    seq_q, seq_k = q.shape[2], k.shape[2]
-    lists = {"lb": indices.shape[0], "lh": indices.shape[1]}
-    q_blocks, k_blocks, v_blocks = (
-        rearrange(_whole_blocks(x, block), "(lb sb) (lh sh) (n i) d -> (lb lh n) i (sb sh) d", **lists, i=block)
-        for x, block in ((q, block_q), (k, block_k), (v, block_k))
-    )
-    out = torch.empty(q_blocks.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q_blocks.shape[:3], dtype=torch.float32, device=q.device)
+    batch, heads, seq_q, head_size = q.shape
+    seq_k = k.shape[2]
+    out = torch.empty(batch, seq_q, heads, head_size, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device)
+    plan = _plan(indices, counts, -(-seq_k // block_k), seq_k % block_k != 0)
+    cut = {"lh": indices.shape[1]}
+    for entry in range(batch):
+        # One batch entry at a time: as most models lay out memory its blocks are then views, cut without a copy.
+        q_blocks, k_blocks, v_blocks = (
+            rearrange(_whole_blocks(x[entry], block), "(lh sh) (n i) d -> (lh n) i sh d", **cut, i=block)
+            for x, block in ((q, block_q), (k, block_k), (v, block_k))
+        )
+        groups = plan.groups[entry % len(plan.groups)]
+        out_blocks, lse_blocks = _attend_groups(q_blocks, k_blocks, v_blocks, groups, -seq_k % block_k, scale)
+        out[entry] = rearrange(out_blocks, "(lh n) i sh d -> (n i) (lh sh) d", **cut)[:seq_q]
+        lse[entry] = rearrange(lse_blocks, "(lh n) i sh -> (lh sh) (n i)", **cut)[:, :seq_q]
+    return rearrange(out, "b s h d -> b h s d"), lse
 
-    groups = _plan(indices, counts, -(-seq_k // block_k), seq_k % block_k != 0).groups
+
+def _attend_groups(
+    q_blocks: Tensor, k_blocks: Tensor, v_blocks: Tensor, groups: list[_Group], missing: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Blocks [blocks, tokens, heads, D] -> out like q_blocks, lse [blocks, tokens, heads].
+
+    The heads share their lists. The last key block lacks `missing` tokens.
+    """
+    out = torch.empty(q_blocks.shape, dtype=q_blocks.dtype, device=q_blocks.device)
+    lse = torch.empty(q_blocks.shape[:3], dtype=torch.float32, device=q_blocks.device)
     at_once = max(1, GATHERED // k_blocks[0].numel())
     most = max(max(group.keys.shape[1], min(group.keys.numel(), at_once)) for group in groups)
-    k_buffer, v_buffer = torch.empty(2, most, *k_blocks.shape[1:], dtype=k.dtype, device=k.device)
-    attend = _fused_attention if q.device.type == "cpu" else _explicit_attention
+    k_buffer, v_buffer = torch.empty(2, most, *k_blocks.shape[1:], dtype=k_blocks.dtype, device=k_blocks.device)
+    attend = _fused_attention if q_blocks.device.type == "cpu" else _explicit_attention
     for group in groups:
         m, n = group.queries.shape[1], group.keys.shape[1]
-        valid = n * block_k - group.tail * (-seq_k % block_k)
+        valid = n * k_blocks.shape[1] - group.tail * missing
         calls = max(1, at_once // n)
         for rows, listed in zip(torch.split(group.queries, calls), torch.split(group.keys, calls), strict=True):
             rows, listed = rows.flatten(), listed.flatten()
             gathered_k = torch.index_select(k_blocks, 0, listed, out=k_buffer[: len(listed)])
             gathered_v = torch.index_select(v_blocks, 0, listed, out=v_buffer[: len(listed)])
             part_out, part_lse = attend(
-                rearrange(q_blocks.index_select(0, rows), "(g m) i s d -> g s (m i) d", m=m),
-                rearrange(gathered_k, "(g n) j s d -> g s (n j) d", n=n)[:, :, :valid],
-                rearrange(gathered_v, "(g n) j s d -> g s (n j) d", n=n)[:, :, :valid],
+                rearrange(q_blocks.index_select(0, rows), "(g m) i h d -> g h (m i) d", m=m),
+                rearrange(gathered_k, "(g n) j h d -> g h (n j) d", n=n)[:, :, :valid],
+                rearrange(gathered_v, "(g n) j h d -> g h (n j) d", n=n)[:, :, :valid],
                 scale,
             )
-            out.index_copy_(0, rows, rearrange(part_out, "g s (m i) d -> (g m) i s d", m=m))
-            lse.index_copy_(0, rows, rearrange(part_lse, "g s (m i) -> (g m) i s", m=m))
-
-    # With lists shared by all heads of one batch entry, the blocks of out already lie as tokens do.
-    lists |= {"sb": q.shape[0] // lists["lb"]}
-    out = rearrange(out, "(lb lh n) i (sb sh) d -> (lb sb) (n i) (lh sh) d", **lists)[:, :seq_q].contiguous()
-    lse = rearrange(lse, "(lb lh n) i (sb sh) -> (lb sb) (lh sh) (n i)", **lists)[..., :seq_q].contiguous()
-    return rearrange(out, "b s h d -> b h s d"), lse
+            out.index_copy_(0, rows, rearrange(part_out, "g h (m i) d -> (g m) i h d", m=m))
+            lse.index_copy_(0, rows, rearrange(part_lse, "g h (m i) -> (g m) i h", m=m))
+    return out, lse
 
 
 def _whole_blocks(x: Tensor, block: int) -> Tensor:
-    missing = -x.shape[2] % block
+    missing = -x.shape[-2] % block
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
@@ -114,7 +127,8 @@ def _plan(indices: Tensor, counts: Tensor, key_blocks: int, ragged: bool) -> _Pl
     made_from = (_version(indices), _version(counts), key_blocks, ragged)
     plan = _plans.get(indices)
     if plan is None or plan.counts() is not counts or plan.made_from != made_from:
-        plan = _plans[indices] = _Plan(_groups(indices, counts, key_blocks, ragged), ref(counts), made_from)
+        groups = [_groups(*lists, key_blocks, ragged) for lists in zip(indices, counts, strict=True)]
+        plan = _plans[indices] = _Plan(groups, ref(counts), made_from)
     return plan
 
 
@@ -124,7 +138,8 @@ def _version(tensor: Tensor) -> int:
 
 
 def _groups(indices: Tensor, counts: Tensor, key_blocks: int, ragged: bool) -> list[_Group]:
-    q_blocks, capacity = indices.shape[2:]
+    """Takes the lists of one batch entry apart: indices [H or 1, QB, capacity], counts [H or 1, QB]."""
+    q_blocks, capacity = indices.shape[1:]
     device = indices.device
     unused = torch.arange(capacity, device=device) >= counts.flatten()[:, None]
     keys = indices.reshape(-1, capacity).long().masked_fill_(unused, -1)

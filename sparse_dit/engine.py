@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 
 from sparse_dit.kernels.lists import mask_to_lists
-from sparse_dit.kernels.ops import BlockList, block_sparse_attention
+from sparse_dit.kernels.ops import BlockList, block_sparse_attention, default_backend
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Order
 from sparse_dit.recipe import Recipe, load_recipe
@@ -149,7 +149,7 @@ class Run:
                 return dense()
             assert self.state.layout is not None
             chosen = plan(self.recipe, self.state.layout, q.device)
-            self.tally.count_sparse(chosen.density, "triton" if q.device.type == "cuda" else "host")
+            self.tally.count_sparse(chosen.density, default_backend(q))
             q, k, v = (rearrange(x, f"{axes} -> {HEADS_FIRST}") for x in (q, k, v))
             return rearrange(_attend_blocks(q, k, v, chosen, scale), f"{HEADS_FIRST} -> {axes}")
 

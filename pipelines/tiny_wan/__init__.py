@@ -14,5 +14,5 @@ DEFAULTS: dict[str, Any] = {
     "width": 128,
     "num_frames": 33,
     "num_inference_steps": 20,
-    "guidance_scale": 3.0,
+    "guidance_scale": 4.0,
 }

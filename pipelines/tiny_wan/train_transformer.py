@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sparse_dit.pipelines.tiny_wan import DEFAULTS
 from sparse_dit.pipelines.tiny_wan.architecture import FLOW_SHIFT, build_pipeline, prompt_embeddings
 from sparse_dit.pipelines.tiny_wan.grammar import Scene, draw_scene, held_out_scenes
-from sparse_dit.pipelines.tiny_wan.judge import judge, shares
+from sparse_dit.pipelines.tiny_wan.judge import Verdict, judge, shares
 from sparse_dit.pipelines.tiny_wan.training import AveragedWeights, Run
 from sparse_dit.pipelines.tiny_wan.videos import check_photos, render
 from sparse_dit.pipelines.tiny_wan.whole_clip import WholeClipVAE
@@ -128,7 +128,8 @@ def flow_loss(transformer: nn.Module, clean: Tensor, embeddings: Tensor) -> Tens
     sigma = rearrange(level, "b -> b 1 1 1 1")
     noisy = (1 - sigma) * clean + sigma * noise
     (prediction,) = transformer(noisy, level * 1000, embeddings, return_dict=False)
-    return (prediction.float() - (noise - clean)).square().mean()
+    loss: Tensor = (prediction.float() - (noise - clean)).square().mean()
+    return loss
 
 
 def save(pipe: WanPipeline, folder: Path) -> None:
@@ -142,7 +143,8 @@ def generate(pipe: WanPipeline, prompts: list[str], seed: int) -> Tensor:
     """Frames [B, T, H, W, 3] in [0, 1] at the default size."""
     generators = [torch.Generator("cpu").manual_seed(seed + index) for index in range(len(prompts))]
     frames = pipe(prompts, generator=generators, output_type="pt", **DEFAULTS).frames
-    return rearrange(frames, "b t c h w -> b t h w c").float()
+    videos: Tensor = rearrange(frames, "b t c h w -> b t h w c").float()
+    return videos
 
 
 def evaluate(model: Path, count: int, samples: Path, device: str, batch: int = 16) -> dict[str, object]:
@@ -151,7 +153,7 @@ def evaluate(model: Path, count: int, samples: Path, device: str, batch: int = 1
     pipe.set_progress_bar_config(disable=True)
     scenes = held_out_scenes(count, seed=7)
     samples.mkdir(parents=True, exist_ok=True)
-    verdicts = []
+    verdicts: list[Verdict] = []
     for part in _batches(scenes, batch):
         videos = generate(pipe, [scene.caption for scene in part], seed=len(verdicts))
         for scene, video in zip(part, videos, strict=True):

@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def main() -> None:
     vae = build_vae().to(device)
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
     whole = WholeClipVAE(vae)
     optimizer = torch.optim.AdamW(
         vae.parameters(), options.rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=device == "cuda"
@@ -74,7 +75,7 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def reconstruction_loss(model: torch.nn.Module, video: Tensor) -> dict[str, Tensor]:
+def reconstruction_loss(model: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], video: Tensor) -> dict[str, Tensor]:
     """L1 plus L2 of the pixels and a light KL term; bf16 autocast on CUDA."""
     video = video.contiguous(memory_format=torch.channels_last_3d)
     with torch.autocast(video.device.type, torch.bfloat16, enabled=video.device.type == "cuda"):

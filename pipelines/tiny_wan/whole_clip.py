@@ -56,7 +56,8 @@ class WholeClipVAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """The inverse of `encode`, not clamped."""
         pixels = self.vae.decoder(self.vae.post_quant_conv(latents), first_chunk=True)
-        return unpatchify(pixels, self.vae.config.patch_size)
+        frames: Tensor = unpatchify(pixels, self.vae.config.patch_size)
+        return frames
 
     def forward(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction from a sampled latent, with the latent's mean and log-variance."""

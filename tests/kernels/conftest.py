@@ -50,7 +50,7 @@ def check() -> Callable[..., None]:
         mask: Tensor,
         block_q: int,
         block_k: int,
-        backend: str,
+        backend: str | None,
         scale: float | None = None,
     ) -> None:
         out, lse = block_sparse_attention(q, k, v, mask_to_lists(mask, block_q, block_k), scale=scale, backend=backend)

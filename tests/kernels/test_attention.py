@@ -204,7 +204,7 @@ def test_the_oracle_is_masked_sdpa(qkv, random_mask):
 
 @pytest.mark.gpu
 class TestCuda:
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("head_size", TRITON_HEAD_SIZES)
     @pytest.mark.parametrize("seq", [500, 512])
     def test_head_sizes(self, check, qkv, random_mask, seq, head_size, dtype):
@@ -217,7 +217,7 @@ class TestCuda:
         q, k, v = qkv(2, 2, seq, 64, torch.bfloat16, "cuda")
         check(q, k, v, random_mask(2, 2, blocks(seq, 64), blocks(seq, 64)).cuda(), 64, 64, backend)
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("block_k", [16, 32, 64, 128])
     @pytest.mark.parametrize("block_q", [16, 32, 64, 128])
     def test_block_sizes(self, check, qkv, random_mask, block_q, block_k, dtype):
@@ -253,3 +253,10 @@ class TestCuda:
         memory = torch.randn(130, 2**25 // 64, 64, device="cuda", dtype=torch.bfloat16)  # tokens 2^25 elements apart
         q, k, v = (memory[:, i : i + 1].transpose(0, 1)[None] for i in (0, 1, -1))
         check(q, k, v, random_mask(1, 1, 3, 3).cuda(), 64, 64, "triton")
+
+    def test_fp32_runs_on_the_host_backend_and_is_refused_by_triton(self, check, qkv, random_mask):
+        q, k, v = qkv(1, 2, 500, 64, torch.float32, "cuda")
+        mask = random_mask(1, 1, 8, 8).cuda()
+        check(q, k, v, mask, 64, 64, None)
+        with pytest.raises(ValueError, match=r"^q: torch.float32; valid for backend 'triton' on CUDA: one of "):
+            block_sparse_attention(q, k, v, mask_to_lists(mask, 64, 64), backend="triton")

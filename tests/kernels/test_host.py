@@ -67,7 +67,7 @@ def test_equal_rows_become_one_longer_query():
     mask[..., 4, 2:] = False
     mask[..., 5, :2] = False
     lists = mask_to_lists(mask, 64, 64)
-    groups = host._groups(lists.indices, lists.counts, key_blocks=4, ragged=False)
+    groups = host._groups(lists.indices[0], lists.counts[0], key_blocks=4, ragged=False)
     found = sorted((group.queries.tolist(), group.keys.tolist()) for group in groups)
     assert found == [([[0, 2, 3]], [[0, 1, 2, 3]]), ([[1, 4]], [[0, 1]]), ([[5]], [[2, 3]])]
 
@@ -76,7 +76,7 @@ def test_calls_stay_within_the_gather_budget(check, qkv, random_mask, monkeypatc
     """The result does not depend on how much is gathered at once, down to one block."""
     q, k, v = qkv(2, 2, 300, 16)
     mask = random_mask(1, 2, 10, 10)
-    for elements in (1, 5 * 32 * 2 * 16, 2**20):
+    for elements in (1, 5 * 32 * 16, 2**20):
         monkeypatch.setattr(host, "GATHERED", elements)
         check(q, k, v, mask, 32, 32, "host")
 
@@ -85,6 +85,6 @@ def test_calls_stay_within_the_gather_budget(check, qkv, random_mask, monkeypatc
 def test_without_a_fused_kernel(check, qkv, random_mask, monkeypatch, dtype):
     """Devices other than the CPU compute scores in parts: here on the CPU, 7 queries at a time."""
     monkeypatch.setattr(host, "_fused_attention", host._explicit_attention)
-    monkeypatch.setattr(host, "SCORES", 7 * 2 * 2 * 64)
+    monkeypatch.setattr(host, "SCORES", 7 * 2 * 64)
     q, k, v = qkv(2, 2, 300, 24, dtype)
     check(q, k, v, random_mask(1, 1, 5, 5), 64, 64, "host")
