@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_dit.app import tables
 from sparse_dit.app.output import output_folder
-from sparse_dit.pipelines.generate import Request, load_pipeline, write_video
+from sparse_dit.pipelines.generate import Request, check_video_file, load_pipeline, write_video
 from sparse_dit.pipelines.generate import generate as run_pipeline
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def generate(request: Request, setup: Setup, out: str = "outputs/video.mp4", fps
     Args:
         request: what to generate.
         setup: with what.
-        out: the video file, .mp4.
+        out: the video file, .mp4 or .webp (which needs no ffmpeg).
         fps: frames a second of the video.
     """
     from sparse_dit.pipelines.patch import enable
@@ -65,15 +65,20 @@ def generate(request: Request, setup: Setup, out: str = "outputs/video.mp4", fps
 
     recipe = load_recipe(setup.recipe)
     video = Path(out)
-    if video.suffix != ".mp4":
-        raise ValueError(f"out: {out!r}; valid: a file name ending in .mp4")
+    check_video_file(video)
     with output_folder(video.parent) as folder:
         pipe = enable(setup.load(), recipe)
         write_video(run_pipeline(pipe, request), folder / video.name, fps)
     print(f"wrote {video}")
 
 
-def compare(request: Request, setup: Setup, out: str = "outputs/compare", fps: int = 16) -> None:
+def compare(
+    request: Request,
+    setup: Setup,
+    out: str = "outputs/compare",
+    fps: int = 16,
+    video_format: Literal["mp4", "webp"] = "mp4",
+) -> None:
     """Run dense and sparse from the same noise and show the difference.
 
     Args:
@@ -81,22 +86,24 @@ def compare(request: Request, setup: Setup, out: str = "outputs/compare", fps: i
         setup: with what.
         out: folder for dense.mp4, sparse.mp4, side-by-side.mp4 and result.json.
         fps: frames a second of the videos.
+        video_format: of the three videos; webp is animated and lossless, and needs no ffmpeg.
     """
     from sparse_dit.eval import pair, results
     from sparse_dit.eval.side_by_side import side_by_side
     from sparse_dit.recipe import load_recipe
 
     recipe = load_recipe(setup.recipe)
+    names = [f"{name}.{video_format}" for name in ("dense", "sparse", "side-by-side")]
+    check_video_file(Path(out) / names[0])
     with output_folder(out) as folder:
         [comparison] = pair.compare(setup.load(), request, [recipe], model=setup.model)
         record = comparison.record
         label = f"{recipe.name}, run density {record['run_density']:.2f}, {record['psnr']:.1f} dB"
         panels = side_by_side(comparison.dense, comparison.sparse, label)
-        write_video(comparison.dense, folder / "dense.mp4", fps)
-        write_video(comparison.sparse, folder / "sparse.mp4", fps)
-        write_video(panels, folder / "side-by-side.mp4", fps)
+        for name, frames in zip(names, (comparison.dense, comparison.sparse, panels), strict=True):
+            write_video(frames, folder / name, fps)
         (folder / "result.json").write_text(results.to_json(record, indent=2) + "\n", encoding="utf-8")
-    tables.print_comparison(record, os.fspath(out))
+    tables.print_comparison(record, os.fspath(out), [*names, "result.json"])
 
 
 def methods(json: bool = False) -> None:

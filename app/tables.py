@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from sparse_dit.recipe import Recipe
 
 
-def print_comparison(record: dict[str, Any], out: str) -> None:
-    """One table of a dense and a sparse run, and where their videos are."""
+def print_comparison(record: dict[str, Any], out: str, files: Sequence[str]) -> None:
+    """One table of a dense and a sparse run, and the files in `out`."""
     recipe, calls = record["recipe"], record["calls"]
     table = Table(title=f"{record['model']}, {recipe['name']} against dense, seed {record['seed']}: {record['prompt']}")
     for column in ("", "dense", "sparse", "sparse / dense"):
@@ -31,7 +31,7 @@ def print_comparison(record: dict[str, Any], out: str) -> None:
     table.add_row("backend", "model's own", record["backend"], "")
     console = Console()
     console.print(table)
-    console.print(f"{out}/: dense.mp4, sparse.mp4, side-by-side.mp4, result.json", highlight=False)
+    console.print(f"{out}/: {', '.join(files)}", highlight=False)
 
 
 def print_recipes(recipes: Sequence["Recipe"]) -> None:

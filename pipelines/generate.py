@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ TINY_WAN = "tiny-wan"
 WEIGHTS_REFUSED = frozenset(
     {".bin", ".ckpt", ".gguf", ".h5", ".joblib", ".msgpack", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth"}
 )
+VIDEO_SUFFIXES = (".mp4", ".webp")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -188,41 +190,69 @@ def call_arguments(pipe: "DiffusionPipeline", request: Request) -> dict[str, Any
     return {**{name: value for name, value in defaults.items() if value is not None}, **asked}
 
 
+def check_video_file(path: Path) -> None:
+    """Holds a video's file name against what can be written here, before anything is generated.
+
+    Raises:
+        ValueError: another suffix than .mp4 or .webp, or .mp4 without an ffmpeg to write it.
+    """
+    if path.suffix not in VIDEO_SUFFIXES:
+        raise ValueError(f"video file: {str(path)!r}; valid: a name ending in {' or '.join(VIDEO_SUFFIXES)}")
+    if path.suffix == ".mp4":
+        try:
+            import_module("imageio_ffmpeg").get_ffmpeg_exe()
+        except (ImportError, RuntimeError):
+            raise ValueError(
+                f"video file: {str(path)!r} needs ffmpeg; valid: install imageio-ffmpeg, or a name ending in .webp"
+            ) from None
+
+
 def write_video(frames: Frames, path: Path, fps: int = 16) -> None:
-    """Writes frames [F, H, W, C] in 0..1 as H.264 at their own size; the file appears under its name once it is whole.
+    """Writes frames [F, H, W, C] in 0..1 at their own size; the file appears under its name once it is whole.
 
     Args:
         frames: at least one frame, three channels.
-        path: ends in .mp4.
+        path: ends in .mp4 (H.264) or .webp (animated, lossless, needs no ffmpeg).
         fps: frames a second.
 
     Raises:
-        ValueError: no frame, not three channels, or another suffix.
+        ValueError: no frame, not three channels, or as `check_video_file`.
     """
-    import imageio.v2 as imageio
-
     if frames.ndim != 4 or frames.shape[0] == 0 or frames.shape[-1] != 3:
         raise ValueError(f"frames: shape {frames.shape}; valid: [F, H, W, 3] with F from 1")
-    if path.suffix != ".mp4":
-        raise ValueError(f"video file: {str(path)!r}; valid: a name ending in .mp4")
-    # 4:2:0 halves the colour planes and needs even sides; a macro block of 1 keeps imageio from rescaling.
-    pixels = "yuv444p" if frames.shape[1] % 2 or frames.shape[2] % 2 else "yuv420p"
-    partial = path.with_name(f".{path.stem}.partial.mp4")
+    check_video_file(path)
+    pixels = np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
-        imageio.mimwrite(
-            partial,
-            list(np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)),
-            format="FFMPEG",
-            fps=fps,
-            codec="libx264",
-            quality=None,
-            pixelformat=pixels,
-            macro_block_size=1,
-            output_params=["-crf", "16", "-movflags", "+faststart"],
-        )
+        (_write_mp4 if path.suffix == ".mp4" else _write_webp)(pixels, partial, fps)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _write_mp4(pixels: npt.NDArray[np.uint8], path: Path, fps: int) -> None:
+    import imageio.v2 as imageio
+
+    odd_sides = pixels.shape[1] % 2 or pixels.shape[2] % 2
+    imageio.mimwrite(
+        path,
+        list(pixels),
+        format="FFMPEG",
+        fps=fps,
+        codec="libx264",
+        quality=None,
+        # 4:2:0 halves the colour planes and needs even sides; a macro block of 1 keeps imageio from rescaling.
+        pixelformat="yuv444p" if odd_sides else "yuv420p",
+        macro_block_size=1,
+        output_params=["-crf", "16", "-movflags", "+faststart"],
+    )
+
+
+def _write_webp(pixels: npt.NDArray[np.uint8], path: Path, fps: int) -> None:
+    from PIL import Image
+
+    first, *others = (Image.fromarray(frame) for frame in pixels)
+    first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0, lossless=True)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

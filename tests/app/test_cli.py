@@ -24,6 +24,18 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+def test_compare_writes_webp_where_there_is_no_ffmpeg(
+    mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    arguments = ["compare", "--model", str(mini_wan), *PROMPT, *SIZE, *SMALL_BLOCKS, "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "needs ffmpeg; valid: install imageio-ffmpeg" in capsys.readouterr().err
+    assert files(tmp_path) == []
+    assert main([*arguments, "--video_format", "webp"]) == 0
+    assert files(tmp_path / "out") == ["dense.webp", "result.json", "side-by-side.webp", "sparse.webp"]
+
+
 def test_compare_writes_videos_and_a_result(mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "demo"
     arguments = ["compare", "--model", str(mini_wan), *PROMPT, *SIZE, *SMALL_BLOCKS, "--seed", "5", "--out", str(out)]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from PIL import Image, ImageSequence
 
 from sparse_dit.pipelines import tiny_wan
-from sparse_dit.pipelines.generate import Request, call_arguments, find_model, generate, load_pipeline, write_video
+from sparse_dit.pipelines.generate import (
+    Request,
+    call_arguments,
+    check_video_file,
+    find_model,
+    generate,
+    load_pipeline,
+    write_video,
+)
 
 SMALL = Request("a red circle moves right", seed=3, steps=2, height=32, width=32, num_frames=5)
 
@@ -189,6 +199,17 @@ def test_a_video_keeps_its_size_and_length(tmp_path: Path, height: int, width: i
     read = iio.imread(tmp_path / "ramp.mp4")
     assert read.shape == (7, height, width, 3)
     np.testing.assert_allclose(read.mean(axis=(1, 2, 3)) / 255, ramp.ravel(), atol=0.02)
+
+
+def test_webp_is_lossless_and_needs_no_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 33, 48, 3), dtype=np.uint8)
+    write_video((pixels / 255).astype(np.float32), tmp_path / "noise.webp", fps=8)
+    with Image.open(tmp_path / "noise.webp") as video:
+        read = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(video)]
+    np.testing.assert_array_equal(np.stack(read), pixels)
+    with pytest.raises(ValueError, match=r"needs ffmpeg; valid: install imageio-ffmpeg, or a name ending in \.webp$"):
+        check_video_file(tmp_path / "x.mp4")
 
 
 def test_a_video_that_fails_leaves_nothing(tmp_path: Path) -> None:
