@@ -180,9 +180,10 @@ def _rebound_dispatch(source: types.ModuleType) -> Callable[..., torch.Tensor]:
 
         def dense() -> torch.Tensor:
             options = {"backend": backend, "parallel_config": parallel_config}
-            return source.dispatch_attention_fn(  # type: ignore[no-any-return]
+            output: torch.Tensor = source.dispatch_attention_fn(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, **options
             )
+            return output
 
         return _current_site().call(
             query,

@@ -134,6 +134,7 @@ def flow_loss(transformer: nn.Module, clean: Tensor, embeddings: Tensor) -> Tens
 
 def save(pipe: WanPipeline, folder: Path) -> None:
     """Write the pipeline in bf16 safetensors."""
+    pipe.vae.register_to_config(_name_or_path="")  # where it was read from is nobody's business
     for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
         part.to(torch.bfloat16)
     pipe.save_pretrained(folder, safe_serialization=True)
