@@ -34,7 +34,7 @@ def table(rows: Sequence[Row]) -> str:
         recipe = row["recipe"]
         selection = json.dumps(recipe["selection"], sort_keys=True)
         # A selection's density depends on the grid only, so it is the same for all rows of a group.
-        key = (recipe["name"], -(row["density"] or 1.0), recipe["schedule"]["dense_steps"], selection)
+        key = (recipe["name"], -round(row["density"] or 1.0, 6), recipe["schedule"]["dense_steps"], selection)
         groups[key].append(row)
     return "\n".join([_caption(rows), "", HEADER, *(_line(groups[key]) for key in sorted(groups))])
 
