@@ -39,7 +39,7 @@ class Decay:
 
     def __post_init__(self) -> None:
         frames, height, width = self.grid
-        reach = math.ceil(math.hypot(height - 1, width - 1)) + 1
+        reach = round(math.hypot(height - 1, width - 1)) + 1
         self.mass = torch.zeros(frames, reach, dtype=torch.float64)
         self.keys = torch.zeros(frames, reach, dtype=torch.float64)
 
