@@ -84,7 +84,7 @@ def compare(
     Args:
         request: what to generate.
         setup: with what.
-        out: folder for dense.mp4, sparse.mp4, side-by-side.mp4 and result.json.
+        out: folder for the videos dense, sparse and side-by-side, and for result.json.
         fps: frames a second of the videos.
         video_format: of the three videos; webp is animated and lossless, and needs no ffmpeg.
     """

@@ -6,7 +6,6 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +199,9 @@ def check_video_file(path: Path) -> None:
         raise ValueError(f"video file: {str(path)!r}; valid: a name ending in {' or '.join(VIDEO_SUFFIXES)}")
     if path.suffix == ".mp4":
         try:
-            import_module("imageio_ffmpeg").get_ffmpeg_exe()
+            import imageio_ffmpeg
+
+            imageio_ffmpeg.get_ffmpeg_exe()
         except (ImportError, RuntimeError):
             raise ValueError(
                 f"video file: {str(path)!r} needs ffmpeg; valid: install imageio-ffmpeg, or a name ending in .webp"
