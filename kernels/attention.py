@@ -1,4 +1,4 @@
-"""Triton: attention along a block list, 16-bit or fp32, for any GPU that Triton compiles for.
+"""Triton: attention along a block list in 16 bits, for any GPU that Triton compiles for.
 
 Names in the kernel: `i_` program index, `p_` pointer, `o_` offsets, `m_` mask, `b_` values on chip; a trailing comment
 gives the shape.
@@ -43,7 +43,6 @@ def _attend_tiles(
     REST: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Online softmax over tiles [first, last) of the listed blocks, TILE_K keys each.
 
@@ -67,11 +66,11 @@ def _attend_tiles(
         m_token = start + o_tile < seq_k  # [TILE_K]
         p_k_main = p_k_tile + o_k  # [TILE_K, MAIN]
         b_k = tl.load(p_k_main, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_k_main)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [TILE_Q, TILE_K]
+        b_s = tl.dot(b_q, tl.trans(b_k))  # [TILE_Q, TILE_K]
         if REST > 0:
             m_k_rest = m_rest[None, :] & m_token[:, None] if MASKED else m_rest[None, :]
             b_k_rest = tl.load(p_k_tile + o_k_rest, mask=m_k_rest, other=0.0)
-            b_s = tl.dot(b_q_rest, tl.trans(b_k_rest), b_s, input_precision=PRECISION)
+            b_s = tl.dot(b_q_rest, tl.trans(b_k_rest), b_s)
         if MASKED:
             b_s = tl.where(m_token[None, :], b_s, -float("inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)  # [TILE_Q]
@@ -82,11 +81,11 @@ def _attend_tiles(
         p_v_main = p_v_tile + o_v  # [TILE_K, MAIN]
         b_v = tl.load(p_v_main, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_v_main)
         b_p = b_p.to(b_v.dtype)
-        b_acc = tl.dot(b_p, b_v, b_acc * b_decay[:, None], input_precision=PRECISION)
+        b_acc = tl.dot(b_p, b_v, b_acc * b_decay[:, None])
         if REST > 0:
             m_v_rest = m_rest[None, :] & m_token[:, None] if MASKED else m_rest[None, :]
             b_v_rest = tl.load(p_v_tile + o_v_rest, mask=m_v_rest, other=0.0)
-            b_acc_rest = tl.dot(b_p, b_v_rest, b_acc_rest * b_decay[:, None], input_precision=PRECISION)
+            b_acc_rest = tl.dot(b_p, b_v_rest, b_acc_rest * b_decay[:, None])
     return b_acc, b_acc_rest, b_max, b_sum
 
 
@@ -136,7 +135,6 @@ def block_sparse_forward_kernel(
     TILE_K: tl.constexpr,
     TAIL_TILE: tl.constexpr,
     RAGGED_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """out_i = sum_j 2^(s_ij - lse_i) v_j, lse_i = log2 sum_j 2^s_ij, s = q.k scale log2(e), j over the listed blocks.
 
@@ -180,7 +178,7 @@ def block_sparse_forward_kernel(
         b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_sum, 0, whole * (BLOCK_K // TILE_K),
         p_indices, p_k, p_v, k_token, k_dim, v_token, v_dim, i_index, seq_k, qk_scale,
         MASKED=False, STAGES=None,
-        HEAD_SIZE=HEAD_SIZE, MAIN=MAIN, REST=REST, BLOCK_K=BLOCK_K, TILE_K=TILE_K, PRECISION=PRECISION,
+        HEAD_SIZE=HEAD_SIZE, MAIN=MAIN, REST=REST, BLOCK_K=BLOCK_K, TILE_K=TILE_K,
     )  # fmt: skip
     if RAGGED_K:
         first = whole * (BLOCK_K // TAIL_TILE)
@@ -189,7 +187,7 @@ def block_sparse_forward_kernel(
             b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_sum, first, last,
             p_indices, p_k, p_v, k_token, k_dim, v_token, v_dim, i_index, seq_k, qk_scale,
             MASKED=True, STAGES=1,
-            HEAD_SIZE=HEAD_SIZE, MAIN=MAIN, REST=REST, BLOCK_K=BLOCK_K, TILE_K=TAIL_TILE, PRECISION=PRECISION,
+            HEAD_SIZE=HEAD_SIZE, MAIN=MAIN, REST=REST, BLOCK_K=BLOCK_K, TILE_K=TAIL_TILE,
         )  # fmt: skip
 
     p_out_row = p_out + o_q[:, None] * out_token
@@ -212,15 +210,12 @@ class Launch:
     num_stages: int
 
 
-# By bytes an element and head size rounded up to a power of two. Every row fits the shared memory of every architecture
+# By head size rounded up to a power of two. Every row fits the shared memory of every architecture
 # (99 KB a program on sm_86, 89 and 120); on sm_90 the first two spill no registers.
 _LAUNCHES = {
-    (2, 64): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
-    (2, 128): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
-    (2, 256): Launch(tile_q=64, tile_k=32, num_warps=4, num_stages=3),
-    (4, 64): Launch(tile_q=64, tile_k=32, num_warps=8, num_stages=2),
-    (4, 128): Launch(tile_q=32, tile_k=32, num_warps=8, num_stages=2),
-    (4, 256): Launch(tile_q=16, tile_k=16, num_warps=8, num_stages=1),
+    64: Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
+    128: Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
+    256: Launch(tile_q=64, tile_k=32, num_warps=4, num_stages=3),
 }
 # Warps a program where the list's query blocks are smaller than the pinned tile.
 _CUT_WARPS = 4
@@ -233,23 +228,20 @@ def column_split(head_size: int) -> tuple[int, int]:
     return main, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def launch_for(head_size: int, block_q: int, block_k: int, element_size: int) -> Launch:
+def launch_for(head_size: int, block_q: int, block_k: int) -> Launch:
     """Pinned launch settings: a table, no timing. Tiles are cut to the list's block sizes.
 
     Args:
         head_size: D.
         block_q: query tokens a block of the list.
         block_k: key tokens a block of the list.
-        element_size: bytes an element of q, k and v.
     """
-    pinned = _LAUNCHES[element_size, triton.next_power_of_2(head_size)]
+    pinned = _LAUNCHES[triton.next_power_of_2(head_size)]
     num_warps = pinned.num_warps if pinned.tile_q <= block_q else _CUT_WARPS
     return Launch(min(pinned.tile_q, block_q), min(pinned.tile_k, block_k), num_warps, pinned.num_stages)
 
 
-def constants(
-    head_size: int, block_q: int, block_k: int, seq_k: int, dtype: torch.dtype, launch: Launch
-) -> dict[str, object]:
+def constants(head_size: int, block_q: int, block_k: int, seq_k: int, launch: Launch) -> dict[str, object]:
     """The kernel's compile-time arguments."""
     main, rest = column_split(head_size)
     return {
@@ -262,8 +254,6 @@ def constants(
         "TILE_K": launch.tile_k,
         "TAIL_TILE": 16,
         "RAGGED_K": seq_k % block_k != 0,
-        # Three TF32 products give fp32's accuracy on tensor cores; 16-bit inputs are exact either way.
-        "PRECISION": "tf32x3" if dtype is torch.float32 else "tf32",
     }
 
 
@@ -277,7 +267,7 @@ def triton_attention(
     # Lists of size 1 are shared: stride 0 walks them without a copy.
     indices = indices.expand(batch, heads, -1, -1)
     counts = counts.expand(batch, heads, -1)
-    launch = launch_for(head_size, block_q, block_k, q.element_size())
+    launch = launch_for(head_size, block_q, block_k)
     grid = (triton.cdiv(seq_q, launch.tile_q), heads, batch)
     with torch.cuda.device_of(q):
         block_sparse_forward_kernel[grid](
@@ -285,7 +275,7 @@ def triton_attention(
             *q.stride(), *k.stride(), *v.stride(), *out.stride(), *lse.stride()[:2],
             *indices.stride(), *counts.stride(),
             seq_q, k.shape[2], scale * LOG2_E,
-            **constants(head_size, block_q, block_k, k.shape[2], q.dtype, launch),
+            **constants(head_size, block_q, block_k, k.shape[2], launch),
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse

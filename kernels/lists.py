@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparse_dit.kernels.ops import BlockList
+from sparse_dit.kernels.blocks import BlockList
 
 
 def mask_to_lists(mask: Tensor, block_q: int, block_k: int) -> BlockList:

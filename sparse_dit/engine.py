@@ -19,8 +19,9 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from einops import rearrange
 
+from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import mask_to_lists
-from sparse_dit.kernels.ops import BlockList, block_sparse_attention, default_backend
+from sparse_dit.kernels.ops import block_sparse_attention, default_backend
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Order
 from sparse_dit.recipe import Recipe, load_recipe

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from sparse_dit.kernels.ops import BLOCK_SIZES
+from sparse_dit.kernels.blocks import BLOCK_SIZES
 from sparse_dit.orders import ORDERS, Order, Rows
 from sparse_dit.schedule import Schedule
 from sparse_dit.selection import SELECTIONS, Radial, Selection

@@ -29,12 +29,10 @@ def _tolerances(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[float, f
     """
     u = torch.finfo(q.dtype).eps / 2
     w = 2.0**-24
-    # On a GPU a product of fp32 numbers is three TF32 products: 21 bits instead of 24.
-    product = 2.0**-21 if q.is_cuda and q.dtype is torch.float32 else w
     size = scale * float(q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max())
-    score = (4 * math.sqrt(q.shape[-1]) * product + 2 * w) * size
+    score = (4 * math.sqrt(q.shape[-1]) * w + 2 * w) * size
     exponential = 4 * w if q.dtype is torch.float32 else 2.0**-14
-    sum_of_weights = 4 * math.sqrt(k.shape[-2]) * product
+    sum_of_weights = 4 * math.sqrt(k.shape[-2]) * w
     weight = score + exponential + sum_of_weights
     return (2 * u + 2 * weight) * float(v.float().abs().max()), weight + w * (size + math.log(k.shape[-2]))
 

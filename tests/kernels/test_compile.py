@@ -9,16 +9,24 @@ from pathlib import Path
 import pytest
 
 # Shared memory a program may use, bytes.
-ARCHITECTURES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+TARGETS = {
+    ("cuda", "80"): 166_912,
+    ("cuda", "86"): 101_376,
+    ("cuda", "89"): 101_376,
+    ("cuda", "90"): 232_448,
+    ("cuda", "100"): 232_448,
+    ("cuda", "120"): 101_376,
+    ("hip", "gfx942"): 65_536,
+}
 PROGRAM = Path(__file__).with_name("compile_offline.py")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiles_for(architecture, tmp_path):
+@pytest.mark.parametrize("target", TARGETS, ids="-".join)
+def test_compiles_for(target, tmp_path):
     # Apart from the other tests' process: Triton reads TRITON_INTERPRET once, when a kernel is defined.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, PROGRAM, str(architecture)],
+        [sys.executable, PROGRAM, *target],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -28,5 +36,5 @@ def test_compiles_for(architecture, tmp_path):
     compiled = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(compiled) == 4
     for kernel in compiled:
-        assert kernel["cubin_bytes"] > 0
-        assert kernel["shared_memory"] <= ARCHITECTURES[architecture]
+        assert kernel["binary_bytes"] > 0
+        assert kernel["shared_memory"] <= TARGETS[target]

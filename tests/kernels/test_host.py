@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sparse_dit.kernels import host
+from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import mask_to_lists
-from sparse_dit.kernels.ops import BlockList, block_sparse_attention
+from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.kernels.oracle import oracle_attention
 
 

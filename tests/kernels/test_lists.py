@@ -3,8 +3,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import lists_to_mask, mask_to_lists
-from sparse_dit.kernels.ops import BlockList
 
 
 def test_a_mask_by_hand():

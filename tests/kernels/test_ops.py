@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import mask_to_lists
-from sparse_dit.kernels.ops import BlockList, block_sparse_attention
+from sparse_dit.kernels.ops import block_sparse_attention
 
 
 @pytest.mark.parametrize("backend", ["host", "triton"])
