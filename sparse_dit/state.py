@@ -1,8 +1,8 @@
-"""What lives from one attention call to the next: where the run is, and what was counted."""
+"""What lives from one attention call to the next: where the run is, what layers keep, and what was counted."""
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,6 +25,25 @@ class Context:
     step: int | None = None
 
 
+class Slot(dict[str, torch.Tensor]):
+    """What one layer keeps between the steps of one branch: tensors by name.
+
+    Attributes:
+        refreshed: step at which its selection was last computed anew; `None` before the first time.
+        signature: what the tensors were made for, such as layout and batch size.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refreshed: int | None = None
+        self.signature: Hashable = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(kept.nbytes for kept in self.values())
+
+
 class RunState:
     """Where a run is: step, noise level, branch and token layout, and what layers keep between steps.
 
@@ -34,13 +53,14 @@ class RunState:
         context: set by the pipeline before a forward.
         step: denoising step from 0.
         noise: noise level in [0, 1], 1 is pure noise; `None` until it had to be read.
-        branch: CFG branch of the forward that runs.
+        branch: CFG branch of the forward that runs: the context's, or, where the pipeline tells none, how many forwards
+            the step had before, as passes of classifier-free guidance come in the same order in every step.
         layout: tokens of the forward that runs; `None` before the first one.
     """
 
     def __init__(self) -> None:
         self.context = Context()
-        self._slots: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+        self._slots: dict[tuple[int, str], Slot] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -50,9 +70,11 @@ class RunState:
         self.branch = ""
         self.layout: TokenLayout | None = None
         self._rises: bool | None = None
+        self._transformer: int | None = None
+        self._forwards = 0
         self._slots.clear()
 
-    def begin_forward(self, layout: TokenLayout, noise: float | None) -> None:
+    def begin_forward(self, layout: TokenLayout, noise: float | None, transformer: int = 0) -> None:
         """Take in the arguments of a forward of a transformer.
 
         The step is the pipeline's own when its context has one, else the number of changes of the noise level so far:
@@ -62,6 +84,8 @@ class RunState:
         Args:
             layout: tokens of the forward.
             noise: noise level in [0, 1]; needed when the context has no step.
+            transformer: a number of its own for each transformer of the pipeline. What the layers of the one before
+                kept is dropped: pipelines with two go from the first to the second, and not back.
 
         Raises:
             ValueError: neither the context has a step nor is there a noise level.
@@ -71,12 +95,17 @@ class RunState:
             raise ValueError("noise: None; valid: a noise level, when the pipeline tells no step")
         if self.layout is not None and (layout.grid != self.layout.grid or self._goes_back(told, noise)):
             self.reset()
+        if self._transformer not in (None, transformer):
+            self._slots.clear()
+        before = self.step
         if told is not None:
             self.step = told
         elif self.noise is not None and noise is not None and noise != self.noise:
             self._rises = noise > self.noise
             self.step += 1
-        self.layout, self.noise, self.branch = layout, noise, self.context.branch
+        self._forwards = self._forwards + 1 if self.step == before else 1
+        self.layout, self.noise, self._transformer = layout, noise, transformer
+        self.branch = self.context.branch or f"forward {self._forwards}"
 
     def _goes_back(self, told: int | None, noise: float | None) -> bool:
         if told is not None:
@@ -85,14 +114,24 @@ class RunState:
             return False
         return (noise > self.noise) != self._rises
 
-    def slot(self, layer: int) -> dict[str, torch.Tensor]:
-        """What a layer keeps between the steps of the branch that runs, by name; emptied by `reset`."""
-        return self._slots.setdefault((layer, self.branch), {})
+    def slot(self, layer: int, signature: Hashable = None) -> Slot:
+        """What a layer keeps between the steps of the branch that runs; emptied by `reset`.
+
+        Args:
+            layer: index of the self-attention layer.
+            signature: what the kept tensors depend on; when it is another than before, the slot is empty again.
+        """
+        key = (layer, self.branch)
+        slot = self._slots.get(key)
+        if slot is None or slot.signature != signature:
+            slot = self._slots[key] = Slot()
+            slot.signature = signature
+        return slot
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything that layers keep."""
-        return sum(kept.nbytes for slot in self._slots.values() for kept in slot.values())
+        return sum(slot.nbytes for slot in self._slots.values())
 
 
 @dataclass(frozen=True)
@@ -103,7 +142,8 @@ class Summary:
         planned: self-attention calls that the model's layers should have made.
         made: self-attention calls that were made.
         sparse: calls that ran sparse.
-        dense: calls that ran on the model's own dense backend, by reason.
+        dense: calls that computed everything, by reason: on the model's own dense backend, or, for the reason
+            `refresh`, with this package's kernel because a search or a cache needed the whole attention.
         density: mean density of the sparse calls; `None` when there were none.
         run_density: mean density of all calls, dense ones counted as 1; `None` when there were none.
         attention_seconds: time in all self-attention calls; `None` when timing was off.
@@ -129,7 +169,16 @@ class _Counts:
     planned: int = 0
     dense: Counter[str] = field(default_factory=Counter)
     sparse: int = 0
-    density: float = 0.0  # sum over the sparse calls
+    density: float = 0.0  # sum over the sparse calls whose density is known beforehand
+    measured: dict[torch.device, torch.Tensor] = field(default_factory=dict)  # sum over the others, where they ran
+
+    def add(self, density: float | torch.Tensor) -> None:
+        """Add the density of a sparse call, or a sum of several; a tensor is not read."""
+        if isinstance(density, torch.Tensor):
+            before = self.measured.get(density.device)
+            self.measured[density.device] = density if before is None else before + density
+        else:
+            self.density += density
 
     @property
     def made(self) -> int:
@@ -164,7 +213,8 @@ class Tally:
         done, total = self._forward, self._total
         total.planned += done.planned
         total.sparse += done.sparse
-        total.density += done.density
+        for density in (done.density, *done.measured.values()):
+            total.add(density)
         total.dense.update(done.dense)
         self._forward = _Counts()
         return done.planned, done.made
@@ -173,10 +223,10 @@ class Tally:
         """Count a call that ran dense."""
         self._forward.dense[reason] += 1
 
-    def count_sparse(self, density: float, backend: str) -> None:
-        """Count a call that ran sparse."""
+    def count_sparse(self, density: float | torch.Tensor, backend: str) -> None:
+        """Count a call that ran sparse; a density in a tensor (scalar, float64) is read by `summary` only."""
         self._forward.sparse += 1
-        self._forward.density += density
+        self._forward.add(density)
         self._backends.add(backend)
 
     @contextmanager
@@ -197,19 +247,20 @@ class Tally:
             self._seconds += time.perf_counter() - begin_seconds
 
     def summary(self) -> Summary:
-        """The counts so far; waits for the GPU when it has timed calls there."""
+        """The counts so far; waits for the GPU when it has timed calls, or measured densities, there."""
         for begin, end in self._events:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1000
         self._events.clear()
         total = self._total
+        density = total.density + sum(float(measured) for measured in total.measured.values())
         return Summary(
             planned=total.planned,
             made=total.made,
             sparse=total.sparse,
             dense=dict(total.dense),
-            density=total.density / total.sparse if total.sparse else None,
-            run_density=(total.density + total.dense.total()) / total.made if total.made else None,
+            density=density / total.sparse if total.sparse else None,
+            run_density=(density + total.dense.total()) / total.made if total.made else None,
             attention_seconds=self._seconds if self.timing else None,
             backend="+".join(sorted(self._backends)) or "dense",
         )

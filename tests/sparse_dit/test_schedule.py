@@ -45,3 +45,46 @@ def test_values_out_of_range_are_refused(field: str, value: float) -> None:
 def test_negative_layers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^schedule\.dense_layers: \[0, -1\]; valid: "):
         Schedule(dense_layers=(0, -1))
+
+
+def refreshes(schedule: Schedule, steps: list[int]) -> list[int]:
+    """The steps of a layer's sparse calls that are refreshes."""
+    done: list[int] = []
+    for step in steps:
+        if schedule.refreshes(step, done[-1] if done else None):
+            done.append(step)
+    return done
+
+
+def test_every_step_is_a_refresh_by_default() -> None:
+    assert not Schedule().keeps
+    assert not Schedule(refresh_every=1).keeps
+    assert refreshes(Schedule(), [2, 3, 4]) == [2, 3, 4]
+
+
+def test_re_ttentions_schedule_refreshes_every_fifth_step_from_the_first_sparse_one() -> None:
+    schedule = Schedule(dense_steps=15, refresh_every=5)
+    assert schedule.keeps
+    assert refreshes(schedule, list(range(15, 50))) == [15, 20, 25, 30, 35, 40, 45]
+
+
+def test_adaspas_schedule_searches_at_the_first_sparse_step_and_at_step_30() -> None:
+    schedule = Schedule(dense_steps=10, refresh_steps=(10, 30))
+    assert schedule.keeps
+    assert refreshes(schedule, list(range(10, 50))) == [10, 30]
+
+
+def test_a_cache_that_skips_steps_puts_a_refresh_off() -> None:
+    assert refreshes(Schedule(refresh_steps=(4, 8)), [3, 5, 6, 9]) == [3, 5, 9]
+    assert refreshes(Schedule(refresh_every=4), [1, 3, 6, 9, 10]) == [1, 6, 10]
+
+
+def test_a_second_call_in_the_step_of_a_refresh_is_one_too() -> None:
+    assert Schedule(refresh_every=4).refreshes(0, 0)
+    assert Schedule(refresh_steps=(30,)).refreshes(30, 30)
+
+
+@pytest.mark.parametrize(("field", "value"), [("refresh_every", 0), ("refresh_steps", (3, -1))])
+def test_refreshes_out_of_range_are_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^schedule\.{field}: .*; valid: "):
+        Schedule(**{field: value})  # type: ignore[arg-type]

@@ -78,6 +78,61 @@ def test_layers_keep_their_own_by_branch() -> None:
     assert state.nbytes == 0
 
 
+def test_without_a_branch_the_forwards_of_a_step_are_told_apart() -> None:
+    state = RunState()
+    branches = []
+    for noise in (1.0, 1.0, 0.6, 0.6, 0.2):
+        state.begin_forward(LAYOUT, noise)
+        branches.append(state.branch)
+        state.slot(0)["kept"] = torch.zeros(1)
+    assert branches == ["forward 1", "forward 2"] * 2 + ["forward 1"]
+    assert state.nbytes == 2 * 4
+
+
+def test_a_told_step_tells_forwards_without_a_branch_apart() -> None:
+    state = RunState()
+    branches = []
+    for step in (0, 0, 1, 1):
+        state.context = Context("", step)
+        state.begin_forward(LAYOUT, None)
+        branches.append(state.branch)
+    assert branches == ["forward 1", "forward 2"] * 2
+
+
+def test_another_signature_empties_the_slot() -> None:
+    state = RunState()
+    state.begin_forward(LAYOUT, 1.0)
+    state.slot(0, (LAYOUT, 1)).refreshed = 3
+    state.slot(0, (LAYOUT, 1))["kept"] = torch.zeros(2)
+    assert state.slot(0, (LAYOUT, 1)).refreshed == 3
+    assert state.slot(0, (LAYOUT, 2)).refreshed is None
+    assert not state.slot(0, (LAYOUT, 2))
+
+
+def test_another_transformer_drops_what_the_layers_of_the_first_kept_but_not_the_step() -> None:
+    state = RunState()
+    for noise, transformer in ((1.0, 1), (0.7, 1), (0.4, 2)):
+        state.begin_forward(LAYOUT, noise, transformer)
+        assert state.nbytes == (4 if noise == 0.7 else 0)
+        state.slot(0)["kept"] = torch.zeros(1)
+    assert state.step == 2
+
+
+def test_measured_densities_are_added_where_they_are() -> None:
+    tally = Tally(timing=False)
+    tally.begin_forward(planned=2)
+    tally.count_sparse(torch.tensor(0.1, dtype=torch.float64), "host")
+    tally.begin_forward(planned=2)
+    tally.count_sparse(torch.tensor(0.25, dtype=torch.float64), "host")
+    tally.count_sparse(0.5, "host")
+    tally.end_forward()
+    tally.begin_forward(planned=1)
+    tally.count_sparse(torch.tensor(0.75, dtype=torch.float64), "host")
+    tally.end_forward()
+    assert tally.summary().density == 0.5
+    assert tally.summary().run_density == 0.5
+
+
 def test_only_completed_forwards_count() -> None:
     tally = Tally(timing=False)
     tally.begin_forward(planned=3)
