@@ -4,6 +4,7 @@ Query blocks with the same key blocks become one longer query, and queries with 
 one batched call, over keys gathered for that call alone. Heads that share a list are gathered together.
 """
 
+import math
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from weakref import ReferenceType, ref
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparse_dit.kernels.quantize import Quantized
 
 # Elements of K gathered at once. Half a million in fp32 is 2 MB, and as much for V: still in cache when they are used.
 # All gathers use one buffer, and a small one: fresh pages from the system can cost as much as the attention itself.
@@ -64,6 +67,18 @@ def host_attention(
         out[entry] = rearrange(out_blocks, "(lh n) i sh d -> (n i) (lh sh) d", **cut)[:seq_q]
         lse[entry] = rearrange(lse_blocks, "(lh n) i sh -> (lh sh) (n i)", **cut)[:, :seq_q]
     return rearrange(out, "b s h d -> b h s d"), lse
+
+
+def host_quantized_attention(
+    codes: Quantized, indices: Tensor, counts: Tensor, block_q: int, block_k: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Attention on what the codes stand for, in fp32: out in `dtype`, in the codes' order. Not faster, equally rounded.
+
+    Only the rounding of the weights to the dtype of v is left out.
+    """
+    q, k, v = codes.dequantized()
+    out, lse = host_attention(q, k, v, indices, counts, block_q, block_k, math.log(2))
+    return out.to(dtype), lse.add_(codes.lse_shift)
 
 
 def _attend_groups(

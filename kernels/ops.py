@@ -11,7 +11,9 @@ from einops import rearrange
 from torch import Tensor
 
 from sparse_dit.kernels.blocks import BlockList
+from sparse_dit.kernels.gather import gather_tokens, scatter_tokens
 
+PRECISIONS = ("native", "int8", "int8_fp8")
 BACKENDS = ("triton", "host")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_CUDA_DTYPES = (torch.float16, torch.bfloat16)
@@ -19,7 +21,15 @@ TRITON_HEAD_SIZES = (64, 72, 88, 96, 128, 256)
 
 
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, *, scale: float | None = None, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockList,
+    *,
+    scale: float | None = None,
+    precision: str = "native",
+    order: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query block over its listed key blocks; inference only.
 
@@ -33,22 +43,34 @@ def block_sparse_attention(
         v: values [B, H, Sk, D], like q.
         blocks: the lists, on q's device; ceil(Sq / block_q) rows, entries below ceil(Sk / block_k).
         scale: positive factor on the scores; None is 1 / sqrt(D).
+        precision: "native", products of the inputs as they are; "int8", scores from INT8 codes of q and of smoothed k
+            (SageAttention, arXiv:2410.02367), weights and v in the inputs' 16 bits; "int8_fp8", weights and v in E4M3,
+            too (SageAttention2, arXiv:2411.10958). What is rounded how is told by `quantize.Quantized`. The "host"
+            backend computes in fp32 from the same codes: it shows what a precision costs in accuracy and is not faster.
+        order: int64 [1 or H, S] on q's device, each row a permutation: the ids of the tokens in the order in which they
+            enter blocks; needs Sq = Sk = S. None: as they stand. Values are not read back for a check.
         backend: "triton" or "host"; None is what `default_backend` says.
 
     Returns:
-        out [B, H, Sq, D] in q's dtype, laid out in memory as [B, Sq, H, D]; lse fp32 [B, H, Sq], natural log.
+        out [B, H, Sq, D] in q's dtype, laid out in memory as [B, Sq, H, D]; lse fp32 [B, H, Sq], natural log. Both in
+        the tokens' own order, whatever the order of the blocks.
 
     Raises:
-        ValueError: an argument is not as above, or the backend cannot run it.
+        ValueError: an argument is not as above, or the backend or the device cannot run it.
     """
     _check_tensors(q, k, v)
     _check_blocks(q, k, blocks)
+    _check_order(q, k, order)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not 0 < scale < math.inf:
         raise ValueError(f"scale: {scale!r}; valid: a positive finite number, or None for 1 / sqrt(D)")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: {precision!r}; valid: one of {PRECISIONS}")
     backend = _chosen_backend(q, backend)
+    if backend == "triton" and precision != "native":
+        raise ValueError(f"precision: {precision!r}; valid for backend 'triton': 'native'")
     out, lse = _block_sparse_attention(
-        q, k, v, blocks.indices, blocks.counts, blocks.block_q, blocks.block_k, scale, backend
+        q, k, v, blocks.indices, blocks.counts, order, blocks.block_q, blocks.block_k, scale, precision, backend
     )
     return out, lse
 
@@ -79,6 +101,20 @@ def _check_blocks(q: Tensor, k: Tensor, blocks: BlockList) -> None:
     blocks.check_lengths(q.shape[2], k.shape[2])
 
 
+def _check_order(q: Tensor, k: Tensor, order: Tensor | None) -> None:
+    if order is None:
+        return
+    heads, seq = q.shape[1:3]
+    if k.shape[2] != seq:
+        raise ValueError(
+            f"order: given for {seq} queries and {k.shape[2]} keys; valid: as many queries as keys, or None"
+        )
+    if order.dtype is not torch.int64 or list(order.shape) not in ([1, seq], [heads, seq]):
+        raise ValueError(f"order: {order.dtype} {list(order.shape)}; valid: torch.int64 [1, {seq}] or [{heads}, {seq}]")
+    if order.device != q.device:
+        raise ValueError(f"order: on {order.device}; valid: {q.device}, where q is")
+
+
 def default_backend(q: Tensor) -> str:
     """The backend that None stands for: "triton" for 16-bit CUDA tensors, "host" for all others."""
     return "triton" if q.is_cuda and q.dtype in TRITON_CUDA_DTYPES else "host"
@@ -107,16 +143,33 @@ def _block_sparse_attention(
     v: Tensor,
     indices: Tensor,
     counts: Tensor,
+    order: Tensor | None,
     block_q: int,
     block_k: int,
     scale: float,
+    precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    lists = (indices, counts, block_q, block_k)
+    if precision != "native":
+        from sparse_dit.kernels.host import host_quantized_attention
+        from sparse_dit.kernels.quantize import quantize
+
+        codes = quantize(q, k, v, precision=precision, scale=scale, order=order)
+        return _in_token_order(*host_quantized_attention(codes, *lists, q.dtype), order)
     if backend == "triton":
         from sparse_dit.kernels.attention import triton_attention as attention
     else:
         from sparse_dit.kernels.host import host_attention as attention
-    return attention(q, k, v, indices, counts, block_q, block_k, scale)
+    if order is not None:
+        q, k, v = (gather_tokens(x, order) for x in (q, k, v))
+    return _in_token_order(*attention(q, k, v, *lists, scale), order)
+
+
+def _in_token_order(out: Tensor, lse: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    if order is None:
+        return out, lse
+    return scatter_tokens(out, order, torch.empty_like(out)), scatter_tokens(lse, order, torch.empty_like(lse))
 
 
 @_block_sparse_attention.register_fake
@@ -126,9 +179,11 @@ def _(
     v: Tensor,
     indices: Tensor,
     counts: Tensor,
+    order: Tensor | None,
     block_q: int,
     block_k: int,
     scale: float,
+    precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, seq_q, head_size = q.shape

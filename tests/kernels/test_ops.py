@@ -10,23 +10,38 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import mask_to_lists
-from sparse_dit.kernels.ops import block_sparse_attention
+from sparse_dit.kernels.ops import PRECISIONS, block_sparse_attention
 
 
-@pytest.mark.parametrize("backend", ["host", "triton"])
-@pytest.mark.parametrize("seq", [128, 100])
-def test_opcheck(qkv, random_mask, backend, seq):
+@pytest.fixture
+def order():
+    """Makes an order of its own, or one for all heads."""
+
+    def make(heads, seq):
+        generator = torch.Generator().manual_seed(seq)
+        return torch.stack([torch.randperm(seq, generator=generator) for _ in range(heads)])
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision"), [("host", "native"), ("triton", "native"), ("host", "int8"), ("host", "int8_fp8")]
+)
+@pytest.mark.parametrize(("seq", "orders"), [(128, 0), (100, 1), (100, 2)])
+def test_opcheck(qkv, random_mask, order, backend, precision, seq, orders):
     q, k, v = qkv(2, 2, seq, 64)
+    order = order(orders, seq) if orders else None
     lists = mask_to_lists(random_mask(1, 2, 2, 2), 64, 64)
-    arguments = (q, k, v, lists.indices, lists.counts, 64, 64, 0.125, backend)
+    arguments = (q, k, v, lists.indices, lists.counts, order, 64, 64, 0.125, precision, backend)
     torch.library.opcheck(torch.ops.sparse_dit.block_sparse_attention.default, arguments)
 
 
-def test_compiles_into_one_graph(qkv, random_mask):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_compiles_into_one_graph(qkv, random_mask, precision):
     lists = mask_to_lists(random_mask(1, 1, 2, 2), 64, 64)
 
     def layer(q, k, v, lists):
-        out, lse = block_sparse_attention(q * 2, k, v, lists)
+        out, lse = block_sparse_attention(q * 2, k, v, lists, precision=precision)
         return out + 1, lse
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -58,6 +73,24 @@ def test_fake_tensors_have_the_real_shapes_and_strides(qkv, random_mask):
         fake = block_sparse_attention(*(mode.from_tensor(x) for x in (q, k, v)), fake_lists)
     for one, other in zip(real, fake, strict=True):
         assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+
+
+@pytest.mark.parametrize("backend", ["host", "triton"])
+@pytest.mark.parametrize("orders", [1, 2])
+def test_native_order_is_a_gather_before_and_a_scatter_behind(qkv, random_mask, order, orders, backend):
+    """Attention does not depend on how tokens are numbered: blocks hold what the order puts there."""
+    q, k, v = qkv(2, 2, 100, 64)
+    lists = mask_to_lists(random_mask(1, 2, 4, 2), 32, 64)
+    order = order(orders, 100)
+    out, lse = block_sparse_attention(q, k, v, lists, order=order, backend=backend)
+    for head in range(2):
+        ids = order[head % orders]
+        gathered = (x[:, head : head + 1, ids] for x in (q, k, v))
+        one = replace(lists, indices=lists.indices[:, head : head + 1], counts=lists.counts[:, head : head + 1])
+        expected_out, expected_lse = block_sparse_attention(*gathered, one, backend=backend)
+        torch.testing.assert_close(out[:, head : head + 1, ids], expected_out)
+        torch.testing.assert_close(lse[:, head : head + 1, ids], expected_lse)
+    assert out.transpose(1, 2).is_contiguous()
 
 
 def test_importing_the_door_loads_torch_alone():
@@ -164,6 +197,23 @@ LISTS = mask_to_lists(torch.ones(1, 1, 2, 2, dtype=torch.bool), 64, 64)
         (
             {"blocks": mask_to_lists(torch.ones(1, 2, 2, 2, dtype=torch.bool), 64, 64)},
             "blocks: lists for 2 heads; valid: 1 or 3, as q has",
+        ),
+        ({"precision": "fp8"}, r"precision: 'fp8'; valid: one of \('native', 'int8', 'int8_fp8'\)"),
+        (
+            {"order": torch.zeros(1, 100)},
+            r"order: torch.float32 \[1, 100\]; valid: torch.int64 \[1, 100\] or \[3, 100\]",
+        ),
+        (
+            {"order": torch.zeros(2, 100, dtype=torch.int64)},
+            r"order: torch.int64 \[2, 100\]; valid: torch.int64 \[1, 100\] or \[3, 100\]",
+        ),
+        (
+            {"order": torch.zeros(1, 100, dtype=torch.int64, device="meta")},
+            "order: on meta; valid: cpu, where q is",
+        ),
+        (
+            {"order": torch.zeros(1, 100, dtype=torch.int64), "k": Q[:, :, :99], "v": Q[:, :, :99]},
+            "order: given for 100 queries and 99 keys; valid: as many queries as keys, or None",
         ),
         ({"blocks": LISTS.to("meta")}, r"blocks: on meta; valid: cpu, where q is \(see BlockList.to\)"),
     ],

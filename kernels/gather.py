@@ -1,0 +1,27 @@
+"""Tokens into the order in which they enter blocks, and back."""
+
+import torch
+from torch import Tensor
+
+
+def gather_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """Token order[h, i] of head h comes i-th.
+
+    Args:
+        x: [B, H, S, ...].
+        order: int64 [1 or H, S], each row a permutation of the tokens.
+
+    Returns:
+        Like x, in fresh memory.
+    """
+    return x[:, _heads(x, order), order.expand(x.shape[1], -1)]
+
+
+def scatter_tokens(x: Tensor, order: Tensor, out: Tensor) -> Tensor:
+    """Writes what is i-th in head h of x to token order[h, i] of out: the inverse of `gather_tokens`. Returns out."""
+    out[:, _heads(x, order), order.expand(x.shape[1], -1)] = x
+    return out
+
+
+def _heads(x: Tensor, order: Tensor) -> Tensor:
+    return torch.arange(x.shape[1], device=order.device)[:, None]
