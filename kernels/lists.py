@@ -8,6 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from sparse_dit.kernels.blocks import BlockList
@@ -112,15 +113,18 @@ def top_k_lists(
                 f"keep: {keep.dtype} {list(keep.shape)} on {keep.device}; valid: integers "
                 f"{' or '.join(map(str, shapes))} on {scores.device}"
             )
-        budget: int | Tensor = (keep[:, None, None] if keep.ndim == 1 else keep[..., None]).clamp(1, k_blocks)
+        budget: int | Tensor = (keep[:, None] if keep.ndim == 1 else keep).clamp(1, k_blocks)
         capacity = k_blocks
     else:
         if keep < 1:
             raise ValueError(f"keep: {keep}; valid: at least 1 block")
         budget = min(keep, k_blocks)
         capacity = min(keep, k_blocks) if per == "row" and forced is None else k_blocks
-    mask = _best_of_head(scores, budget, forced) if per == "head" else _best(scores, budget, forced)
-    return _compact(mask, capacity, block_q, block_k)
+    if per == "head":
+        return _compact(_best_of_head(scores, budget, forced), capacity, block_q, block_k)
+    if scores.is_cuda:
+        return _triton_lists("top_k", scores, capacity, block_q, block_k, budget, forced)
+    return _compact(_best(scores, _columns(budget), forced), capacity, block_q, block_k)
 
 
 def top_p_lists(
@@ -161,10 +165,13 @@ def top_p_lists(
     if not isinstance(p, Tensor) and not 0 <= p <= 1:
         raise ValueError(f"p: {p}; valid: 0 to 1")
     mass = _per_head(p, probabilities, "p")
+    if probabilities.is_cuda:
+        rule = "top_p_crossing" if crossing else "top_p"
+        return _triton_lists(rule, probabilities, k_blocks, block_q, block_k, mass, forced, at_least)
     ordered, order = probabilities.float().sort(dim=-1, descending=True, stable=True)
     total = ordered.cumsum(dim=-1)
     # Strictly below p before a block: the block is needed to reach it. Not above p with it: it still fits.
-    within = F.pad(total[..., :-1], (1, 0)) < mass if crossing else total <= mass
+    within = F.pad(total[..., :-1], (1, 0)) < _columns(mass) if crossing else total <= _columns(mass)
     within[..., :at_least] = True
     mask = torch.zeros_like(within).scatter_(-1, order, within)
     return _compact(mask if forced is None else mask | forced, k_blocks, block_q, block_k)
@@ -195,9 +202,11 @@ def threshold_lists(
     if not isinstance(tau, Tensor) and not math.isfinite(tau):
         raise ValueError(f"tau: {tau}; valid: a finite number")
     factor = _per_head(tau, scores, "tau")
+    if scores.is_cuda:
+        return _triton_lists("threshold", scores, scores.shape[-1], block_q, block_k, factor, forced)
     scores = scores.float()
     std, mean = torch.std_mean(scores, dim=-1, correction=0, keepdim=True)
-    mask = scores >= mean + factor * std
+    mask = scores >= mean + _columns(factor) * std
     mask.scatter_(-1, scores.argmax(dim=-1, keepdim=True), True)
     return _compact(mask if forced is None else mask | forced, scores.shape[-1], block_q, block_k)
 
@@ -216,7 +225,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     """
     if mask.dtype is not torch.bool or mask.ndim == 0:
         raise ValueError(f"mask: {mask.dtype} {list(mask.shape)}; valid: bool [..., key blocks]")
-    octets = F.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    octets = rearrange(F.pad(mask, (0, -mask.shape[-1] % 8)), "... (j i) -> ... j i", i=8)
     return (octets.to(torch.uint8) << _places(mask.device)).sum(dim=-1, dtype=torch.uint8)
 
 
@@ -238,15 +247,33 @@ def unpack_bits(bits: Tensor, key_blocks: int) -> Tensor:
             f"bits: {bits.dtype} {list(bits.shape)}; valid: uint8 [..., {-(-key_blocks // 8)}] for {key_blocks} blocks"
         )
     octets = (bits[..., None] >> _places(bits.device) & 1).bool()
-    return octets.flatten(-2)[..., :key_blocks]
+    return rearrange(octets, "... j i -> ... (j i)")[..., :key_blocks]
 
 
 def _places(device: torch.device) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
 
 
+def _triton_lists(
+    rule: str,
+    scores: Tensor,
+    capacity: int,
+    block_q: int,
+    block_k: int,
+    budget: float | Tensor = 0,
+    forced: Tensor | None = None,
+    at_least: int = 1,
+) -> BlockList:
+    from sparse_dit.kernels.lists_triton import triton_lists
+
+    indices, counts = triton_lists(rule, scores, capacity, budget, forced, at_least)
+    return BlockList(indices, counts, block_q, block_k, key_blocks=scores.shape[-1])
+
+
 def _compact(mask: Tensor, capacity: int, block_q: int, block_k: int) -> BlockList:
     """The true columns of each row, ascending. Every row has 1 to `capacity` of them: nothing is read back."""
+    if mask.is_cuda:
+        return _triton_lists("mask", mask, capacity, block_q, block_k)
     counts = mask.sum(dim=-1, dtype=torch.int32)
     # False columns go to one column too many, which is cut off.
     place = (mask.cumsum(dim=-1) - 1).masked_fill(~mask, capacity)
@@ -256,7 +283,7 @@ def _compact(mask: Tensor, capacity: int, block_q: int, block_k: int) -> BlockLi
     return BlockList(indices, counts, block_q, block_k, key_blocks=mask.shape[-1])
 
 
-def _best(scores: Tensor, budget: int | Tensor, forced: Tensor | None) -> Tensor:
+def _best(scores: Tensor, budget: float | Tensor, forced: Tensor | None) -> Tensor:
     """Marks the `budget` [..., 1] highest of the last dimension, lower indices first among equals, plus the forced."""
     order = scores.float().sort(dim=-1, descending=True, stable=True).indices
     if forced is not None:
@@ -271,22 +298,26 @@ def _best(scores: Tensor, budget: int | Tensor, forced: Tensor | None) -> Tensor
 def _best_of_head(scores: Tensor, budget: int | Tensor, forced: Tensor | None) -> Tensor:
     """Marks the `budget` * QB highest of each head's matrix, the highest of every row, and the forced."""
     flat = None if forced is None else forced.expand(scores.shape).flatten(2)
-    whole = (budget.squeeze(-1) if isinstance(budget, Tensor) else budget) * scores.shape[2]
-    mask = _best(scores.flatten(2), whole, flat).view(scores.shape)
+    mask = _best(scores.flatten(2), budget * scores.shape[2], flat).view(scores.shape)
     return mask.scatter_(-1, scores.argmax(dim=-1, keepdim=True), True)
 
 
 def _per_head(value: float | Tensor, scores: Tensor, name: str) -> Tensor | float:
-    """A number as it is, a tensor [H] as [H, 1, 1]."""
+    """A number as a float, a tensor [H] as fp32 [H, 1]."""
     if not isinstance(value, Tensor):
-        return value
+        return float(value)
     heads = scores.shape[1]
     if list(value.shape) != [heads] or not value.is_floating_point() or value.device != scores.device:
         raise ValueError(
             f"{name}: {value.dtype} {list(value.shape)} on {value.device}; valid: a number, or floating point "
             f"[{heads}] on {scores.device}"
         )
-    return value.float()[:, None, None]
+    return value.float()[:, None]
+
+
+def _columns(value: float | Tensor) -> float | Tensor:
+    """A number, or a tensor of rows made to broadcast over key blocks."""
+    return value[..., None] if isinstance(value, Tensor) else value
 
 
 def _check(scores: Tensor, forced: Tensor | None, name: str = "scores") -> None:

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparse_dit.kernels.blocks import BLOCK_SIZES
-from sparse_dit.kernels.ops import DTYPES
+from sparse_dit.kernels.ops import DTYPES, TRITON_CUDA_DTYPES, TRITON_HEAD_SIZES
 
 # Scores held at once by the torch path.
 SCORES = 2**22
@@ -37,12 +37,18 @@ def block_mass(q: Tensor, k: Tensor, lse: Tensor, block_q: int, block_k: int, *,
         fp32 [B, H, ceil(Sq / block_q), ceil(Sk / block_k)].
 
     Raises:
-        ValueError: an argument is not as above.
+        ValueError: an argument is not as above, or q is 16-bit on CUDA with a head size that the Triton kernel lacks.
     """
     _check(q, k, lse, block_q, block_k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not 0 < scale < math.inf:
         raise ValueError(f"scale: {scale!r}; valid: a positive finite number, or None for 1 / sqrt(D)")
+    if q.is_cuda and q.dtype in TRITON_CUDA_DTYPES:
+        if q.shape[-1] not in TRITON_HEAD_SIZES:
+            raise ValueError(f"q: head size {q.shape[-1]}; valid on CUDA in 16 bits: one of {TRITON_HEAD_SIZES}")
+        from sparse_dit.kernels.mass_triton import triton_mass
+
+        return triton_mass(q, k, lse, block_q, block_k, scale)
     return torch_mass(q, k, lse, block_q, block_k, scale)
 
 

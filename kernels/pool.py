@@ -29,6 +29,10 @@ def block_means(x: Tensor, block: int, *, order: Tensor | None = None, subtract:
         ValueError: an argument is not as above.
     """
     _check(x, block, order, subtract)
+    if x.is_cuda:
+        from sparse_dit.kernels.pool_triton import triton_pool
+
+        return triton_pool(x, block, order, subtract, similarity=False)[0]
     return torch_pool(x, block, order, subtract, similarity=False)[0]
 
 
@@ -55,6 +59,10 @@ def block_similarity(
         ValueError: an argument is not as above.
     """
     _check(x, block, order, subtract)
+    if x.is_cuda:
+        from sparse_dit.kernels.pool_triton import triton_pool
+
+        return triton_pool(x, block, order, subtract, similarity=True)
     return torch_pool(x, block, order, subtract, similarity=True)
 
 

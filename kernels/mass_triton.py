@@ -1,0 +1,231 @@
+"""Triton: block mass in one pass over QK, for any GPU that Triton compiles for.
+
+Names as in `attention`: `i_` program index, `p_` pointer, `o_` offsets, `m_` mask, `b_` values on chip; a trailing
+comment gives the shape.
+"""
+
+# Triton kernel bodies are a language of their own: their arguments carry no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="operator, index, attr-defined, no-untyped-call"
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from einops import rearrange
+from torch import Tensor
+
+from sparse_dit.kernels.attention import LOG2_E, column_split
+
+
+@triton.jit
+def _add_tiles(
+    b_q,
+    b_q_rest,
+    b_lse,
+    b_weight,
+    first,
+    last,
+    p_k,
+    p_mass,
+    k_token,
+    k_dim,
+    mass_q,
+    n_parts_q,
+    n_parts_k,
+    seq_k,
+    qk_scale,
+    MASKED: tl.constexpr,
+    STAGES: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    PART_Q: tl.constexpr,
+    PART_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """Stores the mass of key tiles [first, last): 2^(s - lse) summed over parts of PART_Q x PART_K, times b_weight."""
+    PARTS_Q: tl.constexpr = TILE_Q // PART_Q
+    PARTS_K: tl.constexpr = TILE_K // PART_K
+    o_tile = tl.arange(0, TILE_K).to(tl.int64)  # [TILE_K]
+    o_main = tl.arange(0, MAIN)
+    o_k = o_tile[:, None] * k_token + o_main[None, :] * k_dim  # [TILE_K, MAIN]
+    if REST > 0:
+        o_rest = MAIN + tl.arange(0, REST)
+        m_rest = o_rest < HEAD_SIZE
+        o_k_rest = o_tile[:, None] * k_token + o_rest[None, :] * k_dim  # [TILE_K, REST]
+    step = tl.full([], TILE_K, tl.int64)
+    o_part_q = tl.arange(0, PARTS_Q)
+    o_part_k = tl.arange(0, PARTS_K)
+    for i_tile in tl.range(first, last, num_stages=STAGES):
+        start = i_tile * step
+        p_k_tile = p_k + start * k_token
+        m_token = start + o_tile < seq_k  # [TILE_K]
+        p_k_main = p_k_tile + o_k  # [TILE_K, MAIN]
+        b_k = tl.load(p_k_main, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_k_main)
+        b_s = tl.dot(b_q, tl.trans(b_k))  # [TILE_Q, TILE_K]
+        if REST > 0:
+            m_k_rest = m_rest[None, :] & m_token[:, None] if MASKED else m_rest[None, :]
+            b_k_rest = tl.load(p_k_tile + o_k_rest, mask=m_k_rest, other=0.0)
+            b_s = tl.dot(b_q_rest, tl.trans(b_k_rest), b_s)
+        b_p = tl.exp2(b_s * qk_scale - b_lse[:, None])
+        if MASKED:
+            b_p = tl.where(m_token[None, :], b_p, 0.0)
+        # Along the keys first: those sums stay within a warp.
+        b_row = tl.sum(tl.reshape(b_p, [TILE_Q, PARTS_K, PART_K]), 2)  # [TILE_Q, PARTS_K]
+        b_part = tl.sum(tl.reshape(b_row, [PARTS_Q, PART_Q, PARTS_K]), 1) * b_weight[:, None]  # [PARTS_Q, PARTS_K]
+        o_column = i_tile * PARTS_K + o_part_k
+        m_part = (o_part_q < n_parts_q)[:, None] & (o_column < n_parts_k)[None, :]
+        tl.store(p_mass + o_part_q[:, None] * mass_q + o_column[None, :], b_part, mask=m_part)
+
+
+@triton.jit
+def block_mass_kernel(
+    p_q,
+    p_k,
+    p_lse,
+    p_mass,
+    q_batch,
+    q_head,
+    q_token,
+    q_dim,
+    k_batch,
+    k_head,
+    k_token,
+    k_dim,
+    lse_batch,
+    lse_head,
+    lse_token,
+    mass_batch,
+    mass_head,
+    mass_q,
+    seq_q,
+    seq_k,
+    qk_scale,
+    HEAD_SIZE: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    PART_Q: tl.constexpr,
+    PART_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    RAGGED_K: tl.constexpr,
+):
+    """mass = sum_ij 2^(s_ij - lse_i) / rows, s = q.k scale log2(e), lse in base 2, over parts of a block.
+
+    One program computes TILE_Q queries of one head against all its keys. Programs that run side by side belong to one
+    head, so that they share its K in L2. PART_Q and PART_K cut the tile to the blocks; where a block is larger than the
+    tile its parts are added afterwards, so each is divided by the rows of the whole block.
+    """
+    i_tile, i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    o_q = i_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
+    o_main = tl.arange(0, MAIN)
+    m_q = o_q < seq_q
+    p_q_row = p_q + i_b * q_batch + i_h * q_head + o_q[:, None] * q_token
+    b_q = tl.load(p_q_row + o_main[None, :] * q_dim, mask=m_q[:, None], other=0.0)  # [TILE_Q, MAIN]
+    b_q_rest = b_q
+    if REST > 0:
+        o_rest = MAIN + tl.arange(0, REST)
+        m_q_rest = m_q[:, None] & (o_rest < HEAD_SIZE)[None, :]
+        b_q_rest = tl.load(p_q_row + o_rest[None, :] * q_dim, mask=m_q_rest, other=0.0)
+    # Rows behind the end weigh 2^-inf = 0.
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    p_lse += i_b * lse_batch + i_h * lse_head
+    b_lse = tl.load(p_lse + o_q * lse_token, mask=m_q, other=float("inf")) * LOG2_E  # [TILE_Q]
+
+    PARTS_Q: tl.constexpr = TILE_Q // PART_Q
+    part = i_tile * PARTS_Q
+    block_start = (part + tl.arange(0, PARTS_Q)) * PART_Q // BLOCK_Q * BLOCK_Q  # [PARTS_Q]
+    # A part behind the end has no rows; it is not stored.
+    rows = tl.maximum(tl.minimum(BLOCK_Q, seq_q - block_start), 1)
+    b_weight = 1.0 / rows.to(tl.float32)
+    n_parts_q = tl.cdiv(seq_q, PART_Q) - part
+    n_parts_k = tl.cdiv(seq_k, PART_K)
+    p_k += i_b * k_batch + i_h * k_head
+    p_mass += i_b * mass_batch + i_h * mass_head + part * mass_q
+    whole = seq_k // TILE_K
+    _add_tiles(
+        b_q, b_q_rest, b_lse, b_weight, 0, whole, p_k, p_mass, k_token, k_dim, mass_q, n_parts_q, n_parts_k, seq_k,
+        qk_scale, MASKED=False, STAGES=None,
+        HEAD_SIZE=HEAD_SIZE, MAIN=MAIN, REST=REST, PART_Q=PART_Q, PART_K=PART_K, TILE_Q=TILE_Q, TILE_K=TILE_K,
+    )  # fmt: skip
+    if RAGGED_K:
+        _add_tiles(
+            b_q, b_q_rest, b_lse, b_weight, whole, whole + 1, p_k, p_mass, k_token, k_dim, mass_q, n_parts_q, n_parts_k,
+            seq_k, qk_scale, MASKED=True, STAGES=1,
+            HEAD_SIZE=HEAD_SIZE, MAIN=MAIN, REST=REST, PART_Q=PART_Q, PART_K=PART_K, TILE_Q=TILE_Q, TILE_K=TILE_K,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel is cut and launched: queries and keys a tile, warps a program, tiles in flight."""
+
+    tile_q: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+
+
+# By head size rounded up to a power of two. Every row fits the shared memory of every architecture
+# (99 KB a program on sm_86, 89 and 120) and leaves room for a second program on sm_90, whose matrix products then run
+# beside this one's exponentials.
+_LAUNCHES = {
+    64: Launch(tile_q=128, tile_k=128, num_warps=8, num_stages=3),
+    128: Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
+    256: Launch(tile_q=64, tile_k=64, num_warps=4, num_stages=2),
+}
+
+
+def launch_for(head_size: int) -> Launch:
+    """Pinned launch settings: a table, no timing."""
+    return _LAUNCHES[triton.next_power_of_2(head_size)]
+
+
+def constants(head_size: int, block_q: int, block_k: int, seq_k: int, launch: Launch) -> dict[str, object]:
+    """The kernel's compile-time arguments."""
+    main, rest = column_split(head_size)
+    return {
+        "HEAD_SIZE": head_size,
+        "MAIN": main,
+        "REST": rest,
+        "BLOCK_Q": block_q,
+        "PART_Q": min(block_q, launch.tile_q),
+        "PART_K": min(block_k, launch.tile_k),
+        "TILE_Q": launch.tile_q,
+        "TILE_K": launch.tile_k,
+        "RAGGED_K": seq_k % launch.tile_k != 0,
+    }
+
+
+def triton_mass(
+    q: Tensor, k: Tensor, lse: Tensor, block_q: int, block_k: int, scale: float, launch: Launch | None = None
+) -> Tensor:
+    """The contract of `mass.block_mass`, arguments already checked."""
+    batch, heads, seq_q, head_size = q.shape
+    seq_k = k.shape[2]
+    launch = launch or launch_for(head_size)
+    fixed = constants(head_size, block_q, block_k, seq_k, launch)
+    part_q, part_k = min(block_q, launch.tile_q), min(block_k, launch.tile_k)
+    mass = _parts(q, block_q, block_k, part_q, part_k, seq_k)
+    with torch.cuda.device_of(q):
+        block_mass_kernel[(triton.cdiv(seq_q, launch.tile_q), heads, batch)](
+            q, k, lse, mass, *q.stride(), *k.stride(), *lse.stride(), *mass.stride()[:3],
+            seq_q, seq_k, scale * LOG2_E, **fixed,
+            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    if (part_q, part_k) == (block_q, block_k):
+        return mass
+    cut = {"i": block_q // part_q, "j": block_k // part_k}
+    return rearrange(mass, "b h (m i) (n j) -> b h m i n j", **cut).sum(dim=(3, 5))
+
+
+def _parts(q: Tensor, block_q: int, block_k: int, part_q: int, part_k: int, seq_k: int) -> Tensor:
+    """Memory for the parts of all blocks; where parts are added later, those behind the end must be zero."""
+    rows = triton.cdiv(q.shape[2], block_q) * (block_q // part_q)
+    columns = triton.cdiv(seq_k, block_k) * (block_k // part_k)
+    make = torch.empty if (part_q, part_k) == (block_q, block_k) else torch.zeros
+    return make(*q.shape[:2], rows, columns, dtype=torch.float32, device=q.device)
