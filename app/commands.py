@@ -146,6 +146,7 @@ def evaluate(
     dense_fractions: list[float] = DENSE_FRACTIONS,
     prompts: str = "held-out:16",
     out: str = "eval/results/radial-tiny-wan.jsonl",
+    batch: int = 1,
 ) -> None:
     """Compare a recipe with dense on many prompts, densities and schedules, as rows of a JSONL file.
 
@@ -156,6 +157,7 @@ def evaluate(
         dense_fractions: shares of the first steps that stay dense.
         prompts: held-out:N, the first N that tiny-wan never saw, or a text file with one prompt a line.
         out: the JSONL file; rows that it holds already are not run again.
+        batch: prompts that share a pipeline call; seconds in the rows are then those of the whole batch.
     """
     from sparse_dit.eval import results, sweep
     from sparse_dit.eval.pair import asking
@@ -163,13 +165,15 @@ def evaluate(
 
     recipe = load_recipe(setup.recipe)
     rows_file, chosen = Path(out), sweep.read_prompts(prompts)
+    if batch < 1:
+        raise ValueError(f"batch: {batch}; valid: a whole number from 1")
     sweep.grid(recipe, densities, dense_fractions, steps=1)  # bad numbers are told before the model is loaded
     results.load_rows(rows_file)
     with output_folder(rows_file.parent):
         pipe = setup.load()
     steps = asking(pipe, request)["steps"]
     recipes = sweep.grid(recipe, densities, dense_fractions, steps)
-    for row in sweep.sweep(pipe, setup.model, recipes, chosen, request, rows_file):
+    for row in sweep.sweep(pipe, setup.model, recipes, chosen, request, rows_file, batch):
         print(tables.row_line(row), flush=True)
 
 

@@ -54,10 +54,12 @@ def row_line(row: dict[str, Any]) -> str:
     """A result row in one line."""
     density = "none" if row["density"] is None else f"{row['density']:.2f}"
     dense_steps = row["recipe"]["schedule"]["dense_steps"]
+    batch = f", batch of {row['batch']}" if row["batch"] > 1 else ""
     return (
         f"{row['recipe']['name']} density {density}, {dense_steps} of {row['steps']} steps dense: "
         f"{row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}, "
-        f"attention {row['attention_seconds_sparse']:.2f} of {row['attention_seconds_dense']:.2f} s ({row['prompt']})"
+        f"attention {row['attention_seconds_sparse']:.2f} of {row['attention_seconds_dense']:.2f} s{batch} "
+        f"({row['prompt']})"
     )
 
 

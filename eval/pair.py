@@ -1,4 +1,8 @@
-"""Paired runs: dense and sparse from the same noise, so that every difference comes from the recipe."""
+"""Paired runs: dense and sparse from the same noise, so that every difference comes from the recipe.
+
+Several prompts may share a pipeline call: each keeps the noise that it has alone, so that its figures are those of a
+run of its own up to rounding. Seconds and calls are those of the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparse_dit.eval import metrics, results
-from sparse_dit.pipelines.generate import Frames, Request, call_arguments, generate
+from sparse_dit.pipelines.generate import Frames, Request, batch_arguments, call_arguments, generate_batch
 from sparse_dit.pipelines.patch import Summary, explain, sparse, summary
 from sparse_dit.recipe import Recipe, load_recipe
 from sparse_dit.schedule import Schedule
@@ -25,15 +29,15 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Run:
-    """One timed generation.
+    """One timed pipeline call.
 
     Args:
-        frames: [F, H, W, C] in 0..1, before any codec.
+        frames: a clip [F, H, W, C] in 0..1 for each request, before any codec.
         seconds: wall time of the whole pipeline call, text encoder and VAE included.
         summary: what the self-attention layers did.
     """
 
-    frames: Frames
+    frames: list[Frames]
     seconds: float
     summary: Summary
 
@@ -76,37 +80,69 @@ def compare(
     Raises:
         ValueError: a recipe does not fit the pipeline, the request does not, or frames are not finite.
     """
-    plans = [explain(pipe, recipe, **plan_arguments(pipe, request)) for recipe in recipes]
-    dense = run(pipe, request, load_recipe(DENSE), warm_up=warm_up)
+    for [comparison] in compare_batch(pipe, [request], recipes, model=model, warm_up=warm_up):
+        yield comparison
+
+
+def compare_batch(
+    pipe: DiffusionPipeline,
+    requests: Sequence[Request],
+    recipes: Sequence[Recipe],
+    *,
+    model: str = "",
+    warm_up: bool = True,
+) -> Iterator[list[Comparison]]:
+    """`compare` for several requests that share every pipeline call; they differ in prompts and seeds only.
+
+    Yields:
+        For each recipe, in their order, a comparison for each request.
+
+    Raises:
+        ValueError: as `compare`, no request, or requests that cannot share a call.
+    """
+    asked = [asking(pipe, request) for request in requests]
+    batch_arguments(pipe, requests)
+    plans = [explain(pipe, recipe, **plan_arguments(pipe, requests[0])) for recipe in recipes]
+    dense = run(pipe, requests, load_recipe(DENSE), warm_up=warm_up)
     for recipe, plan in zip(recipes, plans, strict=True):
-        sparse_run = run(pipe, request, recipe, warm_up=warm_up)
-        record = {
-            "model": model,
-            "recipe": recipe.to_dict(),
-            **asking(pipe, request),
-            "grid": list(plan.grid),
-            **_quality(sparse_run.frames, dense.frames),
+        sparse_run = run(pipe, requests, recipe, warm_up=warm_up)
+        shared = {
+            "batch": len(requests),
             **_cost(sparse_run, dense),
             "device": results.device_of(pipe.device, pipe.transformer.dtype),
             **results.provenance(),
         }
-        yield Comparison(dense.frames, sparse_run.frames, record)
+        yield [
+            Comparison(
+                reference,
+                frames,
+                {
+                    "model": model,
+                    "recipe": recipe.to_dict(),
+                    **one,
+                    "grid": list(plan.grid),
+                    **_quality(frames, reference),
+                    **shared,
+                },
+            )
+            for one, frames, reference in zip(asked, sparse_run.frames, dense.frames, strict=True)
+        ]
 
 
-def run(pipe: DiffusionPipeline, request: Request, recipe: Recipe, *, warm_up: bool = True) -> Run:
+def run(pipe: DiffusionPipeline, requests: Sequence[Request], recipe: Recipe, *, warm_up: bool = True) -> Run:
     """Generates once with a recipe, timed, and leaves the pipeline as it was.
 
     Raises:
-        ValueError: as `compare`.
+        ValueError: as `compare_batch`.
     """
     if warm_up:
         # Without its schedule: the step must reach the sparse kernel even where the first steps are dense.
         with sparse(pipe, replace(recipe, schedule=Schedule())), _progress(pipe, disable=True):
-            generate(pipe, replace(request, steps=1))
+            generate_batch(pipe, [replace(request, steps=1) for request in requests])
     with sparse(pipe, recipe, timing=True), _progress(pipe, desc=recipe.name):
         _wait(pipe)
         start = time.perf_counter()
-        frames = generate(pipe, request)
+        frames = generate_batch(pipe, requests)
         _wait(pipe)
         return Run(frames, time.perf_counter() - start, summary(pipe))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_dit.eval import results
-from sparse_dit.eval.pair import asking, compare
+from sparse_dit.eval.pair import asking, compare_batch
 from sparse_dit.pipelines.generate import Request
 from sparse_dit.pipelines.tiny_wan.grammar import held_out_prompts
 from sparse_dit.recipe import Recipe
@@ -24,6 +24,7 @@ def sweep(
     prompts: Sequence[str],
     request: Request,
     out: Path,
+    batch: int = 1,
 ) -> Iterator[results.Row]:
     """Compares every recipe with dense on every prompt and appends a row as soon as it is known.
 
@@ -37,26 +38,45 @@ def sweep(
         prompts: what to generate.
         request: seed, steps and size; its prompt is not used.
         out: the JSONL file.
+        batch: prompts that share a pipeline call.
 
     Yields:
         The rows that were missing.
 
     Raises:
-        ValueError: as `compare` and `sparse_dit.eval.results.load_rows`.
+        ValueError: a batch below 1, or as `compare` and `sparse_dit.eval.results.load_rows`.
     """
+    if batch < 1:
+        raise ValueError(f"batch: {batch}; valid: a whole number from 1")
     done = {row.get("id") for row in results.load_rows(out)}
-    for number, prompt in enumerate(prompts):
-        one = replace(request, prompt=prompt, seed=request.seed + number)
-        ids = [results.identity(model=model, recipe=recipe.to_dict(), **asking(pipe, one)) for recipe in recipes]
-        missing = [(recipe, row_id) for recipe, row_id in zip(recipes, ids, strict=True) if row_id not in done]
-        if not missing:
-            continue
-        # Kernels and caches are warm after the first prompt.
-        comparisons = compare(pipe, one, [recipe for recipe, _ in missing], model=model, warm_up=number == 0)
-        for (_, row_id), comparison in zip(missing, comparisons, strict=True):
-            row = {"id": row_id, **comparison.record}
-            results.append_row(out, row)
-            yield row
+    requests = [replace(request, prompt=prompt, seed=request.seed + number) for number, prompt in enumerate(prompts)]
+    asked = [(one, _ids(pipe, model, recipes, one)) for one in requests]
+    pending = [(one, ids) for one, ids in asked if not done.issuperset(ids)]
+    warm: set[int] = set()
+    for first in range(0, len(pending), batch):
+        part = pending[first : first + batch]
+        missing = [index for index in range(len(recipes)) if any(ids[index] not in done for _, ids in part)]
+        comparisons = compare_batch(
+            pipe,
+            [one for one, _ in part],
+            [recipes[index] for index in missing],
+            model=model,
+            warm_up=len(part) not in warm,  # kernels and caches are warm after the first batch of a size
+        )
+        warm.add(len(part))
+        for index, compared in zip(missing, comparisons, strict=True):
+            for (_, ids), comparison in zip(part, compared, strict=True):
+                if ids[index] in done:
+                    continue
+                row = {"id": ids[index], **comparison.record}
+                results.append_row(out, row)
+                yield row
+
+
+def _ids(pipe: "DiffusionPipeline", model: str, recipes: Sequence[Recipe], request: Request) -> list[str]:
+    """What identifies each recipe's row of a request; the batch does not, as it changes a row by rounding only."""
+    asked = asking(pipe, request)
+    return [results.identity(model=model, recipe=recipe.to_dict(), **asked) for recipe in recipes]
 
 
 def grid(recipe: Recipe, densities: Sequence[float], dense_fractions: Sequence[float], steps: int) -> list[Recipe]:

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -158,15 +159,55 @@ def generate(pipe: "DiffusionPipeline", request: Request, **overrides: Any) -> F
     Raises:
         ValueError: the request asks for what the pipeline does not take, or the frames are not finite.
     """
+    return generate_batch(pipe, [request], **overrides)[0]
+
+
+def generate_batch(pipe: "DiffusionPipeline", requests: Sequence[Request], **overrides: Any) -> list[Frames]:
+    """Runs a pipeline once for several prompts, each from the noise that it has when it runs alone.
+
+    Args:
+        pipe: as `generate`.
+        requests: what to generate; they differ in prompt, negative prompt and seed only.
+        **overrides: further arguments of the pipeline's own call.
+
+    Returns:
+        Frames as `generate`, one clip a request.
+
+    Raises:
+        ValueError: as `generate`, no request, or requests that cannot share a call.
+    """
     import torch
 
-    generator = torch.Generator("cpu").manual_seed(request.seed)
+    arguments = batch_arguments(pipe, requests)
+    generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
     with torch.inference_mode():
-        output = pipe(**call_arguments(pipe, request), generator=generator, output_type="np", **overrides)
-    frames = np.asarray(output.frames[0] if hasattr(output, "frames") else output.images[:1], dtype=np.float32)
-    if not np.isfinite(frames).all():
-        raise ValueError(f"{type(pipe).__name__} produced frames that are not finite (seed {request.seed})")
+        output = pipe(**arguments, generator=generators, output_type="np", **overrides)
+    # An image pipeline gives one image a request: a clip of one frame.
+    clips = output.frames if hasattr(output, "frames") else [image[None] for image in output.images]
+    frames = [np.asarray(clip, dtype=np.float32) for clip in clips]
+    for clip, request in zip(frames, requests, strict=True):
+        if not np.isfinite(clip).all():
+            raise ValueError(f"{type(pipe).__name__} produced frames that are not finite (seed {request.seed})")
     return frames
+
+
+def batch_arguments(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> dict[str, Any]:
+    """The arguments of one call for several requests: `call_arguments`, with lists of prompts.
+
+    Raises:
+        ValueError: as `call_arguments`, no request, or requests that cannot share a call.
+    """
+    if not requests:
+        raise ValueError("requests: there are none; valid: at least one")
+    first, *others = (call_arguments(pipe, request) for request in requests)
+    prompts = ("prompt", "negative_prompt")
+    for other in others:
+        for name in first.keys() | other.keys():
+            if (name not in first or name not in other) or (name not in prompts and first[name] != other[name]):
+                raise ValueError(
+                    f"{name}: {first.get(name)!r} and {other.get(name)!r}; valid: the same for all requests of a batch"
+                )
+    return {**first, **{name: [first[name], *(other[name] for other in others)] for name in prompts if name in first}}
 
 
 def call_arguments(pipe: "DiffusionPipeline", request: Request) -> dict[str, Any]:

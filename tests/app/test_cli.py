@@ -121,7 +121,7 @@ def test_eval_writes_rows_and_resumes(mini_wan: Path, tmp_path: Path, capsys: py
     out = tmp_path / "results" / "rows.jsonl"
     arguments = [
         "eval", "--model", str(mini_wan), *SIZE, *SMALL_BLOCKS[:4], "--prompts", "held-out:2",
-        "--densities", "0.7", "0.5", "--dense_fractions", "0", "0.34", "--out", str(out),
+        "--densities", "0.7", "0.5", "--dense_fractions", "0", "0.34", "--batch", "2", "--out", str(out),
     ]  # fmt: skip
     assert main(arguments) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -129,6 +129,7 @@ def test_eval_writes_rows_and_resumes(mini_wan: Path, tmp_path: Path, capsys: py
     assert {row["recipe"]["selection"]["density"] for row in rows} == {0.7, 0.5}
     assert {row["recipe"]["schedule"]["dense_steps"] for row in rows} == {0, 1}
     assert len({(row["prompt"], row["seed"]) for row in rows}) == 2
+    assert {row["batch"] for row in rows} == {2}
     assert len(capsys.readouterr().out.splitlines()) == 8
     assert files(tmp_path) == ["results", "results/rows.jsonl"]
 
@@ -138,7 +139,9 @@ def test_eval_writes_rows_and_resumes(mini_wan: Path, tmp_path: Path, capsys: py
     assert len(capsys.readouterr().out.splitlines()) == 1
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["id"] for row in again] == [row["id"] for row in rows]
-    assert [row["psnr"] for row in again] == [row["psnr"] for row in rows]
+    # The missing row ran alone, the others with another prompt.
+    assert [row["batch"] for row in again] == [2] * 7 + [1]
+    assert [row["psnr"] for row in again] == pytest.approx([row["psnr"] for row in rows], abs=0.01)
 
 
 def test_print_config_feeds_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,6 +222,7 @@ BAD = {
     "unknown prompts": (["eval", "--prompts", "held-out:none"], "held-out:N"),
     "missing prompts": (["eval", "--prompts", "no/such.txt"], "held-out:N"),
     "density of a sweep": (["eval", "--densities", "2"], "(0, 1]"),
+    "batch of a sweep": (["eval", "--batch", "0"], "from 1"),
     "fraction of a sweep": (["eval", "--dense_fractions", "-1"], "0 to 1"),
 }
 

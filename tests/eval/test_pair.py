@@ -1,5 +1,6 @@
 """Paired runs: one noise, one dense run, and a pipeline that is left as it was."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +48,19 @@ def test_a_recipe_that_does_not_fit_is_told_before_the_dense_run(pipe, monkeypat
     monkeypatch.setattr(pair, "run", lambda *args, **kwargs: pytest.fail("something ran"))
     with pytest.raises(ValueError, match="dense_layers"):
         list(pair.compare(pipe, REQUEST, [RADIAL.override({"schedule.dense_layers": [9]})]))
+
+
+def test_a_batch_gives_the_figures_of_single_runs(pipe) -> None:
+    other = replace(REQUEST, prompt="a large blue ring", seed=8)
+    sparser, denser = (RADIAL.override({"selection.density": density}) for density in (0.4, 0.7))
+    batches = list(pair.compare_batch(pipe, [REQUEST, other], [sparser, denser], model="mini", warm_up=False))
+    for number, request in enumerate((REQUEST, other)):
+        for alone, batch in zip(pair.compare(pipe, request, [sparser, denser], warm_up=False), batches, strict=True):
+            together = batch[number]
+            np.testing.assert_allclose(together.dense, alone.dense, atol=1e-5)
+            np.testing.assert_allclose(together.sparse, alone.sparse, atol=1e-5)
+            assert together.record["psnr"] == pytest.approx(alone.record["psnr"], abs=0.01)
+            for name in ("prompt", "seed", "recipe", "grid", "density", "run_density", "calls"):
+                assert together.record[name] == alone.record[name]
+            assert (together.record["batch"], alone.record["batch"]) == (2, 1)
+    assert batches[0][0].record["seconds_dense"] == batches[1][1].record["seconds_dense"], "dense ran more than once"

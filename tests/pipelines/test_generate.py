@@ -20,6 +20,7 @@ from sparse_dit.pipelines.generate import (
     check_video_file,
     find_model,
     generate,
+    generate_batch,
     load_pipeline,
     write_video,
 )
@@ -60,6 +61,24 @@ def test_frames_are_the_pipelines_own(pipe: WanPipeline) -> None:
         generator=torch.Generator().manual_seed(3),
     ).frames[0]
     np.testing.assert_array_equal(generate(pipe, SMALL), own)
+
+
+def test_a_batch_has_the_noise_of_single_runs(pipe: WanPipeline) -> None:
+    requests = [SMALL, replace(SMALL, prompt="a large blue ring", seed=4), replace(SMALL, seed=5)]
+    clips = generate_batch(pipe, requests)
+    assert len(clips) == 3
+    for clip, request in zip(clips, requests, strict=True):
+        np.testing.assert_allclose(clip, generate(pipe, request), atol=1e-5)
+    named = [replace(request, negative_prompt="a cat") for request in requests[:2]]
+    np.testing.assert_allclose(generate_batch(pipe, named)[1], generate(pipe, named[1]), atol=1e-5)
+
+
+def test_requests_of_a_batch_differ_in_prompts_and_seeds_only(pipe: WanPipeline) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        generate_batch(pipe, [])
+    for other in ({"height": 64}, {"steps": 3}, {"negative_prompt": "a cat"}, {"guidance_scale": 1.5}):
+        with pytest.raises(ValueError, match="valid: the same for all requests of a batch"):
+            generate_batch(pipe, [SMALL, replace(SMALL, **other)])
 
 
 def test_defaults_are_the_models_own(pipe: WanPipeline, monkeypatch: pytest.MonkeyPatch, mini_wan: Path) -> None:

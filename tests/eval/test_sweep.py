@@ -1,0 +1,62 @@
+"""Sweeps: every row once, in batches or not."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sparse_dit.eval import results
+from sparse_dit.eval.sweep import sweep
+from sparse_dit.pipelines.generate import Request, load_pipeline
+from sparse_dit.recipe import load_recipe
+
+REQUEST = Request("", seed=3, steps=1, height=64, width=64, num_frames=5)
+PROMPTS = ["a red circle", "a large blue ring", "a cat"]
+RECIPES = [
+    load_recipe("radial").override(
+        {
+            "selection.density": density,
+            "schedule.dense_steps": 0,
+            "schedule.dense_layers": [],
+            "block_q": 32,
+            "block_k": 32,
+        }
+    )
+    for density in (0.7, 0.4)
+]
+
+
+@pytest.fixture(scope="module")
+def pipe(mini_wan: Path):
+    loaded = load_pipeline(str(mini_wan))
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def rows_of(pipe, out: Path, batch: int, prompts: Sequence[str] = PROMPTS) -> list[results.Row]:
+    return list(sweep(pipe, "mini", RECIPES, prompts, REQUEST, out, batch))
+
+
+def test_batches_give_the_rows_of_single_runs_and_resume(pipe, tmp_path: Path) -> None:
+    expected = {row["id"]: row for row in rows_of(pipe, tmp_path / "alone.jsonl", 1)}
+    out = tmp_path / "batched.jsonl"
+    found = rows_of(pipe, out, 2)
+    assert {row["id"] for row in found} == expected.keys()
+    assert sorted(row["batch"] for row in found) == [1, 1, 2, 2, 2, 2]
+    for row in found:
+        assert row["psnr"] == pytest.approx(expected[row["id"]]["psnr"], abs=0.01)
+        assert (row["prompt"], row["seed"]) == (expected[row["id"]]["prompt"], expected[row["id"]]["seed"])
+
+    # What is missing is run again, and nothing else.
+    lost = next(row for row in found if row["seed"] == 4 and row["recipe"]["selection"]["density"] == 0.4)
+    lines = [line for line in out.read_text().splitlines() if json.loads(line)["id"] != lost["id"]]
+    out.write_text("".join(line + "\n" for line in lines))
+    assert [row["id"] for row in rows_of(pipe, out, 2)] == [lost["id"]]
+    assert out.read_text().splitlines()[:5] == lines
+    assert rows_of(pipe, out, 3) == []
+
+
+def test_a_batch_below_one_is_refused(pipe, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch: 0; valid: a whole number from 1"):
+        rows_of(pipe, tmp_path / "rows.jsonl", 0)
