@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sparse_dit.pipelines.tiny_wan import MODEL_DIR
+from sparse_dit.pipelines.tiny_wan.evaluate import generate
 from sparse_dit.pipelines.tiny_wan.grammar import held_out_prompts
-from sparse_dit.pipelines.tiny_wan.train_transformer import generate
 
 _CAPTION_HEIGHT = 18
 _COLUMNS = 2

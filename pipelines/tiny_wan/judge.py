@@ -1,7 +1,8 @@
-"""Analytic check of generated videos: is the colour right, and does the motion go where the caption says?
+"""Analytic check of generated videos: are colour and shape right, and does the motion go where the caption says?
 
-No learned metric: object backgrounds are gray, so saturated pixels are the object; photographs are tracked by phase
-correlation. The check is itself tested on rendered videos, where the answers are known.
+No learned metric: object backgrounds are gray, so saturated pixels are the object, whose outline is held against the
+shapes of the grammar; photographs are tracked by phase correlation. The check is itself tested on rendered videos,
+where the answers are known.
 """
 
 import math
@@ -10,12 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_dit.pipelines.tiny_wan.grammar import COLORS, DIRECTIONS, SCALINGS, ZOOMS, Scene
+from sparse_dit.pipelines.tiny_wan.grammar import COLORS, DIRECTIONS, SCALINGS, SHAPES, ZOOMS, Scene
+from sparse_dit.pipelines.tiny_wan.outline import overlaps
 
 _SATURATED = 0.22  # max - min of RGB above which a pixel counts as coloured
 _LEAST_AREA = 0.004  # share of a frame's pixels that an object covers at least
 _LEAST_TRAVEL = 0.08  # share of the frame's side that counts as motion
 _LEAST_GROWTH = 1.3
+_LEAST_OVERLAP = 0.7  # mean intersection over union with a shape's outline
+_UNREADABLE = (("small", "star"),)  # rendered ones come out of the VAE as blobs
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Verdict:
     caption: str
     color: str | None
     color_right: bool | None
+    shape: str | None
+    shape_right: bool | None
     motion: str | None
     motion_right: bool | None
 
@@ -37,17 +43,20 @@ def judge(scene: Scene, video: Tensor) -> Verdict:
         video: [T, H, W, 3] in [0, 1].
 
     Returns:
-        The dominant colour for objects; the direction for captions that name one; growing or shrinking for those.
+        The dominant colour and the shape for objects (small stars have no shape judged: the VAE makes blobs of them);
+        the direction for captions that name one; growing or shrinking for those.
     """
     if video.ndim != 4 or video.shape[-1] != 3:
         raise ValueError(f"video must be [T, H, W, 3], got {list(video.shape)}")
     if scene.photo:
         motion = None if scene.motion in ZOOMS else _pan_direction(video)
-        return Verdict(scene.caption, None, None, motion, None if motion is None else motion == scene.direction)
+        right = None if motion is None else motion == scene.direction
+        return Verdict(scene.caption, None, None, None, None, motion, right)
     hue = _palette_index(video)
     counts = torch.stack([(hue == index).sum() for index in range(len(COLORS))])
     color = list(COLORS)[int(counts.argmax())] if counts.max() >= _LEAST_AREA * hue.numel() else "none"
     mask = hue == int(counts.argmax())
+    shape = None if (scene.size, scene.shape) in _UNREADABLE else _object_shape(mask)
     motion = None
     if scene.direction:
         motion = _object_direction(mask)
@@ -57,22 +66,20 @@ def judge(scene: Scene, video: Tensor) -> Verdict:
         scene.caption,
         color,
         color == scene.color,
+        shape,
+        None if shape is None else shape == scene.shape,
         motion,
         None if motion is None else motion == (scene.direction or scene.motion),
     )
 
 
 def shares(verdicts: list[Verdict]) -> dict[str, float | int]:
-    """Share of right colours and right motions among the captions that name one, with their numbers."""
-    colors = [verdict.color_right for verdict in verdicts if verdict.color_right is not None]
-    motions = [verdict.motion_right for verdict in verdicts if verdict.motion_right is not None]
-    return {
-        "captions": len(verdicts),
-        "color_right": sum(colors) / max(1, len(colors)),
-        "color_judged": len(colors),
-        "motion_right": sum(motions) / max(1, len(motions)),
-        "motion_judged": len(motions),
-    }
+    """Share of right colours, shapes and motions among the captions that name one, with their numbers."""
+    found: dict[str, float | int] = {"captions": len(verdicts)}
+    for name in ("color", "shape", "motion"):
+        judged = [right for verdict in verdicts if (right := getattr(verdict, f"{name}_right")) is not None]
+        found |= {f"{name}_right": sum(judged) / max(1, len(judged)), f"{name}_judged": len(judged)}
+    return found
 
 
 def _palette_index(video: Tensor) -> Tensor:
@@ -123,6 +130,19 @@ def _object_scaling(mask: Tensor) -> str:
     if 1 / _LEAST_GROWTH < growth < _LEAST_GROWTH:
         return "none"
     return "growing" if growth > 1 else "shrinking"
+
+
+def _object_shape(mask: Tensor) -> str:
+    """The shape whose outline the mask overlaps best, over the frames that show most of it: mask bool [T, H, W]."""
+    area = mask.float().sum((1, 2))
+    border = mask[:, 0].any(-1) | mask[:, -1].any(-1) | mask[:, :, 0].any(-1) | mask[:, :, -1].any(-1)
+    seen = area >= _LEAST_AREA * mask[0].numel()
+    if not seen.any():
+        return "none"
+    whole = seen & ~border if (seen & ~border).any() else seen
+    large = whole & (area >= area[whole].median())
+    overlap = overlaps(mask[large]).mean(0)
+    return SHAPES[int(overlap.argmax())] if overlap.max() >= _LEAST_OVERLAP else "none"
 
 
 def _pan_direction(video: Tensor) -> str:

@@ -10,8 +10,9 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from sparse_dit.pipelines.tiny_wan import DEFAULTS
 from sparse_dit.pipelines.tiny_wan.architecture import FLOW_SHIFT, build_pipeline, prompt_embeddings
-from sparse_dit.pipelines.tiny_wan.grammar import Scene, draw_scene, held_out_scenes
-from sparse_dit.pipelines.tiny_wan.judge import Verdict, judge, shares
+from sparse_dit.pipelines.tiny_wan.evaluate import evaluate
+from sparse_dit.pipelines.tiny_wan.grammar import draw_scene
 from sparse_dit.pipelines.tiny_wan.training import AveragedWeights, Run
 from sparse_dit.pipelines.tiny_wan.videos import check_photos, render
 from sparse_dit.pipelines.tiny_wan.whole_clip import WholeClipVAE
@@ -32,7 +33,7 @@ _SHORT_TEXT, _LONG_TEXT = 64, 512
 _SHORT_TEXT_SHARE = 0.4
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -41,10 +42,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--judged", type=int, default=64, help="held-out captions generated and judged at the end")
+    parser.add_argument("--guidance", type=float, default=DEFAULTS["guidance_scale"], help="of what is judged")
     parser.add_argument("--init", type=Path, help="a saved pipeline whose transformer and text encoder to start from")
     parser.add_argument("--seed", type=int, default=0, help="of the clips and the noise; another one for a second run")
     parser.add_argument("--compile", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     check_photos()
     torch.manual_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,10 +84,11 @@ def main() -> None:
     run.train(loss_of)
     averaged.copy_to_model()
     save(pipe, options.out / "model")
-    report = evaluate(options.out / "model", options.judged, options.out / "samples", device)
+    report = evaluate(options.out / "model", options.judged, options.out / "samples", device, guidance=options.guidance)
     report |= {"steps": run.step, "training_seconds": round(run.used), "clips_cached": len(captions)}
     (options.out / "judge.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps({key: value for key, value in report.items() if key != "wrong"}))
+    return report
 
 
 @torch.no_grad()
@@ -138,37 +141,6 @@ def save(pipe: WanPipeline, folder: Path) -> None:
     for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
         part.to(torch.bfloat16)
     pipe.save_pretrained(folder, safe_serialization=True)
-
-
-def generate(pipe: WanPipeline, prompts: list[str], seed: int) -> Tensor:
-    """Frames [B, T, H, W, 3] in [0, 1] at the default size."""
-    generators = [torch.Generator("cpu").manual_seed(seed + index) for index in range(len(prompts))]
-    frames = pipe(prompts, generator=generators, output_type="pt", **DEFAULTS).frames
-    videos: Tensor = rearrange(frames, "b t c h w -> b t h w c").float()
-    return videos
-
-
-def evaluate(model: Path, count: int, samples: Path, device: str, batch: int = 16) -> dict[str, object]:
-    """Generate held-out captions with the saved pipeline, judge them, and keep frames for a contact sheet."""
-    pipe = WanPipeline.from_pretrained(model, torch_dtype=torch.float32, use_safetensors=True).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    scenes = held_out_scenes(count, seed=7)
-    samples.mkdir(parents=True, exist_ok=True)
-    verdicts: list[Verdict] = []
-    for part in _batches(scenes, batch):
-        videos = generate(pipe, [scene.caption for scene in part], seed=len(verdicts))
-        for scene, video in zip(part, videos, strict=True):
-            if len(verdicts) < 24:
-                strip = (video[:: DEFAULTS["num_frames"] // 4] * 255).round().byte().cpu()
-                torch.save({"caption": scene.caption, "frames": strip}, samples / f"{len(verdicts):03d}.pt")
-            verdicts.append(judge(scene, video))
-    wrong = [v for v in verdicts if v.color_right is False or v.motion_right is False]
-    return {**shares(verdicts), "wrong": [vars(verdict) for verdict in wrong]}
-
-
-def _batches(items: list[Scene], size: int) -> Iterator[list[Scene]]:
-    for first in range(0, len(items), size):
-        yield items[first : first + size]
 
 
 if __name__ == "__main__":

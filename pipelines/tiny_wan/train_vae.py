@@ -10,8 +10,9 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ _IMAGE_SHARE = 0.12
 _KL_WEIGHT = 1e-4
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=600)
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--image-batch", type=int, default=128, help="frames a step of the first stage")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--compile", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     check_photos()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,6 +74,7 @@ def main() -> None:
     report |= {"steps": run.step, "training_seconds": round(run.used)}
     (options.out / "vae.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
+    return report
 
 
 def reconstruction_loss(model: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], video: Tensor) -> dict[str, Tensor]:
@@ -89,7 +91,7 @@ def reconstruction_loss(model: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @torch.no_grad()
-def evaluate(vae: AutoencoderKLWan, clips: int = 64, batch: int = 8) -> dict[str, float]:
+def evaluate(vae: AutoencoderKLWan, clips: int = 64, batch: int = 8) -> dict[str, Any]:
     """Reconstruction PSNR in dB (of [0, 1] pixels, per clip) of held-out clips, through diffusers' own chunked path."""
     scenes = held_out_scenes(clips, seed=1)
     psnr = []

@@ -114,7 +114,7 @@ def _draw_objects(scenes: list[Scene], rng: random.Random, frames: int, size: in
     x = (torch.cos(angle) * dx + torch.sin(angle) * dy) / radius
     y = (torch.cos(angle) * dy - torch.sin(angle) * dx) / radius
     pixel = 2 / size
-    distance = _pick(_distances(x, y), [SHAPES.index(scene.shape) for scene in scenes])
+    distance = _pick(distances(x, y), [SHAPES.index(scene.shape) for scene in scenes])
     cover = (0.5 - distance * radius / pixel).clamp(0, 1)  # [B, T, size, size], antialiased over one pixel
     shade = 0.55 + 0.45 * _pick(_patterns(x, y), [TEXTURES.index(scene.texture) for scene in scenes])
     colors = torch.tensor([COLORS[scene.color] for scene in scenes], device=device)
@@ -155,7 +155,7 @@ def _trajectories(
     return x, y, angle_curve, radius_curve
 
 
-def _distances(x: Tensor, y: Tensor) -> list[Tensor]:
+def distances(x: Tensor, y: Tensor) -> list[Tensor]:
     """Distance to the outline in unit coordinates (negative inside), in the order of SHAPES."""
     r = torch.sqrt(x * x + y * y + 1e-12)
     ax, ay = x.abs(), y.abs()

@@ -1,5 +1,6 @@
 """Captions, the videos drawn from them, and the judge that reads videos: on rendered ones its answers are known."""
 
+import math
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from sparse_dit.pipelines.tiny_wan.grammar import (
     COLORS,
     DIRECTIONS,
+    SHAPES,
     Scene,
     draw_scene,
     held_out_prompts,
@@ -17,7 +19,8 @@ from sparse_dit.pipelines.tiny_wan.grammar import (
     vocabulary,
 )
 from sparse_dit.pipelines.tiny_wan.judge import judge, shares
-from sparse_dit.pipelines.tiny_wan.videos import check_photos, render
+from sparse_dit.pipelines.tiny_wan.outline import overlaps
+from sparse_dit.pipelines.tiny_wan.videos import check_photos, distances, render
 
 
 @given(st.integers(0, 10_000))
@@ -61,16 +64,19 @@ def test_judge_is_right_on_rendered_videos() -> None:
     found = shares(verdicts)
     assert found["color_judged"] >= 20
     assert found["motion_judged"] >= 24
+    assert found["shape_judged"] >= 18
     assert found["color_right"] == 1
+    assert found["shape_right"] >= 0.97
     assert found["motion_right"] >= 0.95
 
 
 def test_judge_finds_planted_mistakes() -> None:
     told = Scene("moving left", "red", "plain", "circle", "large", "a dark wall")
-    shown = Scene("moving right", "blue", "plain", "circle", "large", "a dark wall")
+    shown = Scene("moving right", "blue", "plain", "square", "large", "a dark wall")
     video = (render([shown], frames=9, size=64, seed=0)[0].permute(1, 2, 3, 0) + 1) / 2
     verdict = judge(told, video)
     assert (verdict.color, verdict.color_right) == ("blue", False)
+    assert (verdict.shape, verdict.shape_right) == ("square", False)
     assert (verdict.motion, verdict.motion_right) == ("right", False)
 
 
@@ -81,7 +87,15 @@ def test_judge_calls_gray_mush_wrong() -> None:
     verdict = judge(Scene("moving left", "red", "plain", "circle", "large", "a dark wall"), mush)
     assert verdict.color == "none"
     assert verdict.color_right is False
+    assert verdict.shape_right is False
     assert verdict.motion_right is False
+
+
+def test_judge_finds_no_shape_in_a_cloud() -> None:
+    scattered = torch.rand(9, 64, 64, 1, generator=torch.Generator().manual_seed(0)) < 0.3
+    video = torch.where(scattered, torch.tensor(COLORS["red"]), torch.full((3,), 0.5))
+    verdict = judge(Scene("moving left", "red", "plain", "circle", "large", "a dark wall"), video)
+    assert (verdict.color, verdict.shape) == ("red", "none")
 
 
 def test_judge_refuses_channels_first() -> None:
@@ -97,3 +111,24 @@ def test_every_color_and_direction_is_recognised(color: str, direction: str, see
     verdict = judge(scene, video)
     assert verdict.color == color
     assert verdict.motion == direction
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.sampled_from(SHAPES), st.floats(0, 6.28), st.floats(14, 40), st.floats(-20, 20))
+def test_outlines_are_found_at_any_angle_size_and_place(shape: str, angle: float, radius: float, aside: float) -> None:
+    axis = torch.arange(128) + 0.5 - 64
+    x, y = axis[None, :] - aside, axis[:, None] + aside / 2
+    turned = (math.cos(angle) * x - math.sin(angle) * y) / radius, (math.sin(angle) * x + math.cos(angle) * y) / radius
+    mask = distances(*turned)[SHAPES.index(shape)] < 0
+    [overlap] = overlaps(mask[None])
+    assert SHAPES[int(overlap.argmax())] == shape
+    assert 0.75 < overlap.max() <= 1 + 1e-5
+
+
+def test_small_stars_have_no_shape_judged() -> None:
+    scene = Scene("moving left", "red", "plain", "star", "small", "a dark wall")
+    video = (render([scene], frames=5, size=64, seed=0)[0].permute(1, 2, 3, 0) + 1) / 2
+    verdict = judge(scene, video)
+    assert verdict.shape is None
+    assert verdict.shape_right is None
+    assert shares([verdict])["shape_judged"] == 0
