@@ -54,8 +54,7 @@ def _attend_tiles(
     o_k = o_tile[:, None] * k_token + o_main[None, :] * k_dim  # [TILE_K, MAIN]
     o_v = o_tile[:, None] * v_token + o_main[None, :] * v_dim
     if REST > 0:
-        o_rest = MAIN + tl.arange(0, REST)
-        m_rest = o_rest < HEAD_SIZE
+        o_rest = HEAD_SIZE - REST + tl.arange(0, REST)
         o_k_rest = o_tile[:, None] * k_token + o_rest[None, :] * k_dim  # [TILE_K, REST]
         o_v_rest = o_tile[:, None] * v_token + o_rest[None, :] * v_dim
     for i_tile in tl.range(first, last, num_stages=STAGES):
@@ -68,8 +67,8 @@ def _attend_tiles(
         b_k = tl.load(p_k_main, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_k_main)
         b_s = tl.dot(b_q, tl.trans(b_k))  # [TILE_Q, TILE_K]
         if REST > 0:
-            m_k_rest = m_rest[None, :] & m_token[:, None] if MASKED else m_rest[None, :]
-            b_k_rest = tl.load(p_k_tile + o_k_rest, mask=m_k_rest, other=0.0)
+            p_k_rest = p_k_tile + o_k_rest  # [TILE_K, REST]
+            b_k_rest = tl.load(p_k_rest, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_k_rest)
             b_s = tl.dot(b_q_rest, tl.trans(b_k_rest), b_s)
         if MASKED:
             b_s = tl.where(m_token[None, :], b_s, -float("inf"))
@@ -83,8 +82,8 @@ def _attend_tiles(
         b_p = b_p.to(b_v.dtype)
         b_acc = tl.dot(b_p, b_v, b_acc * b_decay[:, None])
         if REST > 0:
-            m_v_rest = m_rest[None, :] & m_token[:, None] if MASKED else m_rest[None, :]
-            b_v_rest = tl.load(p_v_tile + o_v_rest, mask=m_v_rest, other=0.0)
+            p_v_rest = p_v_tile + o_v_rest  # [TILE_K, REST]
+            b_v_rest = tl.load(p_v_rest, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_v_rest)
             b_acc_rest = tl.dot(b_p, b_v_rest, b_acc_rest * b_decay[:, None])
     return b_acc, b_acc_rest, b_max, b_sum
 
@@ -139,17 +138,18 @@ def block_sparse_forward_kernel(
     """out_i = sum_j 2^(s_ij - lse_i) v_j, lse_i = log2 sum_j 2^s_ij, s = q.k scale log2(e), j over the listed blocks.
 
     One program computes TILE_Q queries of one head. Programs that run side by side belong to one head, so that they
-    share its K and V in L2. A head size that is no power of two is computed as MAIN + REST columns, the last ones
-    masked.
+    share its K and V in L2. A head size that is no power of two is computed as its first MAIN and its
+    last REST columns; where the two overlap, q's second part is zero and out's is not stored. No column is masked in the
+    loop: a pipelined load that masks columns gave wrong products on sm_90 (Triton 3.6).
     """
     i_tile, i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i_block = i_tile // (BLOCK_Q // TILE_Q)
     o_q = i_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
     o_main = tl.arange(0, MAIN)
     REST_PADDED: tl.constexpr = REST if REST > 0 else 16
-    o_rest = MAIN + tl.arange(0, REST_PADDED)
+    o_rest = HEAD_SIZE - REST_PADDED + tl.arange(0, REST_PADDED)
     m_q = o_q < seq_q
-    m_rest = o_rest < HEAD_SIZE
+    m_rest = o_rest >= MAIN
 
     p_q += i_b * q_batch + i_h * q_head
     p_k += i_b * k_batch + i_h * k_head
@@ -222,7 +222,10 @@ _CUT_WARPS = 4
 
 
 def column_split(head_size: int) -> tuple[int, int]:
-    """Cuts a head into MAIN columns, a power of two, and REST columns, padded to one of at least 16 (0: none left)."""
+    """Cuts a head into its first MAIN and its last REST columns, powers of two.
+
+    REST is at least 16, or 0 if MAIN is the whole head. The two overlap where the head size is no sum of two such powers.
+    """
     main = 1 << (head_size.bit_length() - 1)
     rest = head_size - main
     return main, max(16, triton.next_power_of_2(rest)) if rest else 0

@@ -251,7 +251,8 @@ class TestCuda:
 
     def test_offsets_beyond_two_gigabytes(self, check, random_mask):
         memory = torch.randn(130, 2**25 // 64, 64, device="cuda", dtype=torch.bfloat16)  # tokens 2^25 elements apart
-        q, k, v = (memory[:, i : i + 1].transpose(0, 1)[None] for i in (0, 1, -1))
+        last = memory.shape[1] - 1
+        q, k, v = (memory[:, i : i + 1].transpose(0, 1)[None] for i in (0, 1, last))
         check(q, k, v, random_mask(1, 1, 3, 3).cuda(), 64, 64, "triton")
 
     def test_fp32_runs_on_the_host_backend_and_is_refused_by_triton(self, check, qkv, random_mask):
