@@ -138,8 +138,8 @@ def block_sparse_forward_kernel(
     """out_i = sum_j 2^(s_ij - lse_i) v_j, lse_i = log2 sum_j 2^s_ij, s = q.k scale log2(e), j over the listed blocks.
 
     One program computes TILE_Q queries of one head. Programs that run side by side belong to one head, so that they
-    share its K and V in L2. A head size that is no power of two is computed as its first MAIN and its
-    last REST columns; where the two overlap, q's second part is zero and out's is not stored. No column is masked in the
+    share its K and V in L2. A head size that is no power of two is computed as its first MAIN and its last REST
+    columns; where the two overlap, q's second part is zero and out's is not stored. No column is masked in the
     loop: a pipelined load that masks columns gave wrong products on sm_90 (Triton 3.6).
     """
     i_tile, i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -224,7 +224,7 @@ _CUT_WARPS = 4
 def column_split(head_size: int) -> tuple[int, int]:
     """Cuts a head into its first MAIN and its last REST columns, powers of two.
 
-    REST is at least 16, or 0 if MAIN is the whole head. The two overlap where the head size is no sum of two such powers.
+    REST is at least 16, or 0 if MAIN is the whole head. The two overlap where D is no sum of two such powers.
     """
     main = 1 << (head_size.bit_length() - 1)
     rest = head_size - main
