@@ -35,18 +35,23 @@ def print_comparison(record: dict[str, Any], out: str, files: Sequence[str]) -> 
 
 
 def print_recipes(recipes: Sequence["Recipe"]) -> None:
-    """One table of recipes; of each choice the settings that are not its defaults."""
+    """One table of recipes: of each choice the settings that are not its defaults, and where the recipe comes from."""
     table = Table()
     for column in ("recipe", "choices", "source"):
         table.add_column(column, no_wrap=column == "recipe")
     for recipe in recipes:
-        choices = (
-            f"order {_settings(recipe.order)}",
-            f"selection {_settings(recipe.selection)}",
-            _settings(recipe.schedule),
-            f"precision {recipe.precision}, skipped {recipe.skipped}, blocks {recipe.block_q} x {recipe.block_k}",
-        )
-        table.add_row(recipe.name, "\n".join(choices), recipe.source, end_section=True)
+        plain = recipe.to_dict()
+        schedule = _settings(recipe.schedule, {"name": "schedule", **plain["schedule"]})
+        choices = [
+            f"order {_settings(recipe.order, plain['order'])}",
+            f"selection {_settings(recipe.selection, plain['selection'])}",
+            *([schedule] if schedule != "schedule" else []),
+            f"precision {recipe.precision}, skipped {_settings(recipe.skipped, plain['skipped'])}",
+            f"blocks {recipe.block_q} x {recipe.block_k}",
+        ]
+        licence = f"licence {recipe.licence}" if recipe.licence else ""
+        origin = [recipe.source, plain.get("note", ""), licence]
+        table.add_row(recipe.name, "\n".join(choices), "\n".join(filter(None, origin)), end_section=True)
     Console().print(table)
 
 
@@ -63,11 +68,12 @@ def row_line(row: dict[str, Any]) -> str:
     )
 
 
-def _settings(choice: Any) -> str:
-    """A choice in one line: its name and the settings that are not its defaults."""
+def _settings(choice: Any, plain: str | dict[str, Any]) -> str:
+    """A choice in one line: its name in recipes and the settings that are not its defaults."""
+    if isinstance(plain, str):
+        return plain
+    defaults = {field.name: field.default for field in fields(choice)}
     changed = [
-        f"{field.name} {getattr(choice, field.name)}"
-        for field in fields(choice)
-        if getattr(choice, field.name) != field.default
+        f"{name} {value}" for name, value in plain.items() if name != "name" and getattr(choice, name) != defaults[name]
     ]
-    return " ".join([type(choice).__name__.lower(), *changed])
+    return " ".join([plain["name"], *changed])

@@ -97,10 +97,13 @@ def test_generate_writes_one_video(mini_wan: Path, tmp_path: Path, capsys: pytes
     assert str(video) in capsys.readouterr().out
 
 
-def test_methods_lists_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_lists_every_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     assert main(["methods"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in recipe_names())
+    for words in ("selection all", "selection radial density 0.25", "schedule dense_steps 12", "licence Apache-2.0"):
+        assert words in shown
     assert main(["methods", "--json"]) == 0
     recipes = json.loads(capsys.readouterr().out)
     assert [recipe["name"] for recipe in recipes] == recipe_names()
