@@ -69,8 +69,8 @@ def pool_kernel(
         b_sum += b_x
         if SIMILARITY:
             b_square = tl.sum(b_x * b_x, 1)  # [TILE]
-            b_inverse = tl.where(b_square > 0, 1.0 / tl.sqrt(b_square), 0.0)
-            b_directions += b_x * b_inverse[:, None]
+            # Below 1e-37 the square has no precision left; a token of zero stays zero.
+            b_directions += b_x / tl.sqrt(tl.maximum(b_square, 1e-37))[:, None]
     count = (end - first).to(tl.float32)
     o_block = (i_b * tl.num_programs(1) + i_h) * n_blocks + i_n
     tl.store(p_means + o_block * HEAD_SIZE + o_d, tl.sum(b_sum, 0) / count, mask=m_d)

@@ -1,0 +1,123 @@
+"""Compiles the kernels of pool, mass and lists: python compile_offline_blocks.py cuda:90 hip:gfx942
+
+Prints a line of JSON a target and variant (all of them on Hopper, else one a kernel), with registers and stack where
+the target is an NVIDIA one.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import triton
+from triton import compile as triton_compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparse_dit.kernels import lists_triton, mass_triton, pool_triton
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+POINTERS = {
+    "p_order": "*i64",
+    "p_subtract": "*fp32",
+    "p_means": "*fp32",
+    "p_similarity": "*fp32",
+    "p_lse": "*fp32",
+    "p_mass": "*fp32",
+    "p_forced": "*u8",
+    "p_indices": "*i32",
+    "p_counts": "*i32",
+}
+ALIGNED = ("p_", "x_", "q_", "k_batch", "k_head", "k_token", "lse_", "subtract_")
+
+
+# head size, block, with everything: one tile a block and several, a head size that is no power of two
+POOLS = ((72, 128, True), (128, 64, False))
+# head size, block_q, block_k, tokens: two column parts, several blocks a tile, a tile a block, several tiles a block
+MASSES = ((96, 16, 32, 1000), (128, 128, 64, 32_768), (256, 128, 128, 1000))
+# rule, key blocks, with everything: narrow and wide rows
+SELECTIONS = (
+    ("top_p", 100, True),
+    ("top_p_crossing", 512, False),
+    ("top_k", 512, False),
+    ("top_k", 2048, True),
+    ("threshold", 512, True),
+    ("mask", 512, False),
+)
+
+
+def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], dict[str, str], int, int]]:
+    """Kernel, compile-time arguments, types of the others, warps, stages; one variant a kernel or all of them."""
+    last = None if every else 1
+    for head_size, block, everything in POOLS[:last]:
+        pool = pool_triton.launch_for(similarity=everything)
+        fixed: dict[str, Any] = pool_triton.constants(
+            head_size, block, pool, ordered=everything, subtracted=everything, similarity=everything
+        )
+        if not everything:
+            fixed |= {"p_order": None, "p_subtract": None}
+        yield pool_triton.pool_kernel, fixed, {"p_x": "*bf16"}, pool.num_warps, 3
+    for head_size, block_q, block_k, tokens in MASSES[:last]:
+        cut = mass_triton.launch_for(head_size)
+        fixed = mass_triton.constants(head_size, block_q, block_k, tokens, cut)
+        types = {"p_q": "*bf16", "p_k": "*bf16", "qk_scale": "fp32"}
+        yield mass_triton.block_mass_kernel, fixed, types, cut.num_warps, cut.num_stages
+    for rule, k_blocks, everything in SELECTIONS[:last]:
+        fixed = lists_triton.constants(rule, k_blocks, forced=everything, per_row=everything)
+        if not everything:
+            fixed |= {"p_budget": None, "p_forced": None}
+        counted = rule == "top_k"
+        types = {
+            "p_scores": "*u8" if rule == "mask" else "*fp32",
+            "p_budget": "*i64" if counted else "*fp32",
+            "budget": "i32" if counted else "fp32",
+        }
+        yield lists_triton.select_kernel, fixed, types, lists_triton.warps_for(k_blocks), 3
+
+
+def main(target_name: str) -> None:
+    backend, architecture = target_name.split(":")
+    target = GPUTarget("cuda", int(architecture), 32) if backend == "cuda" else GPUTarget("hip", architecture, 64)
+    for kernel, fixed, types, num_warps, num_stages in variants(every=target_name == "cuda:90"):
+        signature, attributes = {}, {}
+        for position, name in enumerate(kernel.arg_names):
+            if name in fixed:
+                signature[name] = "constexpr"
+            elif name.endswith(("_dim", "_column")) or name in ("lse_token", "order_token", "b_row"):
+                signature[name], fixed[name] = "constexpr", 1  # as the launcher specialises a stride of 1
+            else:
+                signature[name] = types.get(name) or POINTERS.get(name, "i32")
+            if name.startswith(ALIGNED) and signature[name] != "constexpr":
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constexprs=fixed, attrs=attributes)
+        compiled = triton_compile(
+            source, target=target, options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+        )
+        binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
+        facts = {
+            "target": target_name,
+            "kernel": kernel.__name__,
+            "binary_bytes": len(binary),
+            "shared_memory": compiled.metadata.shared,
+        }
+        print(json.dumps(facts | (resources(binary) if target.backend == "cuda" else {})))
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of its stack: spilled registers live there, and these kernels put nothing else."""
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {name.lower(): int(re.search(rf"{name}:(\d+)", listing)[1]) for name in ("REG", "STACK")}  # type: ignore[index]
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        main(argument)

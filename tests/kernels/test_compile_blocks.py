@@ -1,0 +1,52 @@
+"""The Triton kernels of pool, mass and lists compile for every architecture, on a machine that has none of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Shared memory a program may use, bytes.
+TARGETS = {
+    "cuda:80": 166_912,
+    "cuda:86": 101_376,
+    "cuda:89": 101_376,
+    "cuda:90": 232_448,
+    "cuda:100": 232_448,
+    "cuda:120": 101_376,
+    "hip:gfx942": 65_536,
+}
+PROGRAM = Path(__file__).with_name("compile_offline_blocks.py")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    # Apart from the other tests' process: Triton reads TRITON_INTERPRET once, when a kernel is defined.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, PROGRAM, *TARGETS],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_for(compiled, target):
+    kernels = [kernel for kernel in compiled if kernel["target"] == target]
+    assert {kernel["kernel"] for kernel in kernels} == {"pool_kernel", "block_mass_kernel", "select_kernel"}
+    for kernel in kernels:
+        assert kernel["binary_bytes"] > 0
+        assert kernel["shared_memory"] <= TARGETS[target]
+
+
+def test_spills_no_register_on_hopper(compiled):
+    kernels = [kernel for kernel in compiled if kernel["target"] == "cuda:90"]
+    assert kernels
+    for kernel in kernels:
+        assert kernel["stack"] == 0, kernel
