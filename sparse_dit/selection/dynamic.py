@@ -1,0 +1,143 @@
+"""What selections have in common that look at the queries and keys of each call."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from sparse_dit.kernels.blocks import BlockList
+from sparse_dit.kernels.lists import lists_to_mask, mask_to_lists, pack_bits, unpack_bits
+from sparse_dit.layout import TokenLayout, text_blocks
+from sparse_dit.orders import Order
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a dynamic selection may know of the attention call it chooses for, besides q, k and v.
+
+    Attributes:
+        layout: the tokens.
+        orders: the selection's own (`Dynamic.orders`), or else the recipe's one.
+        tables: of each order the token ids in the order in which they enter blocks, int64 [1 or H, S] on q's device;
+            `None` where they stay as they are.
+        block_q: query tokens of a block.
+        block_k: key tokens of a block.
+        scale: factor on the scores.
+        layer: index of the self-attention layer.
+        step: denoising step from 0.
+        slot: what the layer keeps between steps for this branch, by name. With the name `lse` it holds the log-sum-exp
+            of a whole call, fp32 [B, H, S] in the model's order, once the selection has asked for one.
+        forced: bool [1, 1, QB, KB] on q's device, blocks that are computed whatever is chosen: all with text in them,
+            of queries or of keys; `None` when there is no text.
+    """
+
+    layout: TokenLayout
+    orders: tuple[Order, ...]
+    tables: tuple[torch.Tensor | None, ...]
+    block_q: int
+    block_k: int
+    scale: float
+    layer: int
+    step: int
+    slot: MutableMapping[str, torch.Tensor]
+    forced: torch.Tensor | None = None
+
+    @property
+    def table(self) -> torch.Tensor | None:
+        """The first table, for selections with one order."""
+        return self.tables[0]
+
+    @property
+    def q_blocks(self) -> int:
+        """QB, blocks of queries."""
+        return -(-self.layout.length // self.block_q)
+
+    @property
+    def k_blocks(self) -> int:
+        """KB, blocks of keys."""
+        return -(-self.layout.length // self.block_k)
+
+
+class Chosen(NamedTuple):
+    """What a call computes.
+
+    Attributes:
+        blocks: the block list, on q's device.
+        table: the order of its tokens, as `Call.tables`.
+    """
+
+    blocks: BlockList
+    table: torch.Tensor | None
+
+
+class Dynamic(ABC):
+    """A selection that looks at q and k: a frozen dataclass with a registry name.
+
+    The engine asks it to choose at every refresh of the schedule (`Schedule.refreshes`); where there are steps between
+    refreshes it asks it to keep what was chosen, and to recall it there.
+    """
+
+    def orders(self, layout: TokenLayout, layer: int) -> tuple[Order, ...] | None:
+        """The orders that the selection itself brings for a layer; `None` leaves the order to the recipe."""
+        return None
+
+    @abstractmethod
+    def choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Chosen | None:
+        """Choose the blocks to compute.
+
+        Args:
+            q, k, v: [B, H, S, D] in the model's own token order.
+            call: everything else.
+
+        Returns:
+            The blocks of every batch entry and head; `None` asks for a whole call first, whose log-sum-exp is put into
+            `call.slot["lse"]`.
+        """
+
+    @abstractmethod
+    def expected_density(self, layout: TokenLayout, block_q: int, block_k: int) -> float | None:
+        """The density of a call as far as it is known beforehand; `None` when the content decides."""
+
+    def keep(self, chosen: Chosen, call: Call) -> None:
+        """Put what was chosen into the slot; block lists as one bit a block."""
+        call.slot["blocks"] = pack_bits(lists_to_mask(chosen.blocks, call.k_blocks))
+
+    def recall(self, call: Call) -> Chosen:
+        """What was chosen at the last refresh."""
+        mask = unpack_bits(call.slot["blocks"], call.k_blocks)
+        return Chosen(mask_to_lists(mask, call.block_q, call.block_k, capacity=call.k_blocks), call.table)
+
+    def kept_bytes(
+        self, layout: TokenLayout, block_q: int, block_k: int, *, batch: int, heads: int, keeps: bool
+    ) -> int:
+        """Bytes that one layer keeps for one branch.
+
+        Args:
+            layout: the tokens.
+            block_q, block_k: tokens of a block.
+            batch, heads: batch entries and attention heads of a call.
+            keeps: whether there are steps between refreshes (`Schedule.keeps`).
+        """
+        q_blocks, k_blocks = -(-layout.length // block_q), -(-layout.length // block_k)
+        return batch * heads * q_blocks * -(-k_blocks // 8) if keeps else 0
+
+
+def density_of_share(share: float, layout: TokenLayout, block_q: int, block_k: int) -> float:
+    """The density of a selection that takes a share of the key blocks of every row, all blocks counted as whole ones.
+
+    Args:
+        share: of the key blocks.
+        layout: the tokens; text is computed on top of the share.
+        block_q, block_k: tokens of a block.
+    """
+    k_blocks = -(-layout.length // block_k)
+    rows, columns = (marks.double().mean().item() for marks in text_blocks(layout, block_q, block_k))
+    return rows + (1.0 - rows) * min(1.0, columns + blocks_of_share(share, k_blocks) / k_blocks)
+
+
+def blocks_of_share(density: float, blocks: int) -> int:
+    """Whole blocks of a share, at least one; what floats lose must not cost a block."""
+    return max(1, math.floor(density * blocks + 1e-6))

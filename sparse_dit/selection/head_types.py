@@ -1,0 +1,136 @@
+"""Selection `head_types`: a band in the order of each head, spatial or temporal, found by sampled rows.
+
+Source: Sparse VideoGen, SVG (arXiv 2502.01776); the band itself and the masks of the profile are in `band`.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from sparse_dit.kernels.blocks import BlockList
+from sparse_dit.kernels.lists import mask_to_lists
+from sparse_dit.layout import TokenLayout
+from sparse_dit.orders import Order, Rows, TimeMajor
+from sparse_dit.selection.band import Band, profile_rows
+from sparse_dit.selection.dynamic import Call, Chosen, Dynamic
+from sparse_dit.selection.regions import mask_density
+
+# Scores of sampled rows held at once.
+SCORES = 2**26
+
+
+@dataclass(frozen=True)
+class HeadTypes(Dynamic):
+    """Each head computes the same band, in the model's order or in the time-major one.
+
+    At a refresh some query rows are drawn, the same for all heads; a head is temporal when its output for them under
+    the temporal profiling mask is closer to its whole output, by the mean squared error, than under the spatial one.
+
+    What differs from SVG: the rows depend on layer and step only, so that a run repeats; and batch entries share their
+    heads' types, by the sum of their errors, as one call has one order a head.
+
+    Args:
+        kept, width, density, sink_frames, rounding: of the band, as `Band`.
+        rows: query rows that are drawn (SVG: 64, for CogVideoX 32).
+        row_limit: they are drawn from the first so many (SVG: 10,000, which bounds the size of its masks).
+        profile_frames: half-width of the profiling masks in frames, 2 for Wan and Cosmos, 1.5 for HunyuanVideo.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    EXCLUSIVE: ClassVar[tuple[str, str, str]] = Band.EXCLUSIVE
+
+    kept: float = 0.25
+    width: int | None = None
+    density: float | None = None
+    sink_frames: int = 1
+    rounding: str = "up"
+    rows: int = 64
+    row_limit: int = 10_000
+    profile_frames: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "row_limit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"selection.{name}: {getattr(self, name)!r}; valid: 1 or more rows")
+        if not self.profile_frames > 0.0:
+            raise ValueError(f"selection.profile_frames: {self.profile_frames!r}; valid: a number above 0")
+        assert self.band  # refuses its settings
+
+    @property
+    def band(self) -> Band:
+        """The band that every head computes in its order."""
+        return Band(self.kept, self.width, self.density, self.sink_frames, self.rounding)
+
+    def orders(self, layout: TokenLayout, layer: int) -> tuple[Order, ...]:
+        """See `Dynamic.orders`: of spatial and of temporal heads."""
+        return Rows(), TimeMajor()
+
+    def choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Chosen:
+        """See `Dynamic.choose`."""
+        spatial, temporal = self.errors(q, k, v, call)
+        return self._chosen(temporal < spatial, call)
+
+    def errors(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared errors of each head under the spatial and the temporal profiling mask, fp32 [H] each."""
+        _, time_major = call.tables
+        assert time_major is not None
+        # One number for each layer and step; drawn on the host, so that all devices draw the same.
+        generator = torch.Generator().manual_seed(call.layer + 10_007 * call.step)
+        drawn = torch.randint(min(call.layout.length, self.row_limit), (self.rows,), generator=generator).to(q.device)
+        seen = profile_rows(call.layout, drawn, time_major[0], frames=self.profile_frames, sink_frames=self.sink_frames)
+        errors = []
+        heads = max(1, SCORES // (q.shape[0] * self.rows * call.layout.length))
+        for some_q, some_k, some_v in zip(*(torch.split(x, heads, dim=1) for x in (q, k, v)), strict=True):
+            scores = call.scale * some_q[:, :, drawn].float() @ some_k.float().mT
+            whole = scores.softmax(dim=-1) @ some_v.float()
+            errors.append(
+                torch.stack(
+                    [
+                        (scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ some_v.float() - whole)
+                        .square()
+                        .sum(dim=(0, 2, 3))
+                        for mask in seen
+                    ]
+                )
+            )
+        spatial, temporal = torch.cat(errors, dim=1)
+        return spatial, temporal
+
+    def keep(self, chosen: Chosen, call: Call) -> None:
+        """See `Dynamic.keep`: the types alone tell everything."""
+        assert chosen.table is not None
+        # Both orders begin with the same tokens, but part from the second video token on.
+        second = call.layout.text_before + 1
+        call.slot["temporal"] = chosen.table[:, second] != second
+
+    def recall(self, call: Call) -> Chosen:
+        """See `Dynamic.recall`."""
+        return self._chosen(call.slot["temporal"], call)
+
+    def kept_bytes(
+        self, layout: TokenLayout, block_q: int, block_k: int, *, batch: int, heads: int, keeps: bool
+    ) -> int:
+        """See `Dynamic.kept_bytes`."""
+        return heads if keeps else 0
+
+    def expected_density(self, layout: TokenLayout, block_q: int, block_k: int) -> float:
+        """See `Dynamic.expected_density`: all heads compute the same band."""
+        return mask_density(self.band.select(layout, block_q, block_k), layout, block_q, block_k)
+
+    def _chosen(self, is_temporal: torch.Tensor, call: Call) -> Chosen:
+        _, time_major = call.tables
+        assert time_major is not None
+        rows = torch.arange(call.layout.length, device=time_major.device)
+        blocks = _lists(self.band, call.layout, call.block_q, call.block_k, time_major.device)
+        return Chosen(blocks, torch.where(is_temporal[:, None], time_major, rows))
+
+
+@functools.lru_cache(maxsize=16)
+def _lists(band: Band, layout: TokenLayout, block_q: int, block_k: int, device: torch.device) -> BlockList:
+    return mask_to_lists(band.select(layout, block_q, block_k)[None], block_q, block_k).to(device)

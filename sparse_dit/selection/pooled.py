@@ -1,0 +1,191 @@
+"""Selection `pooled`: key blocks by the products of mean queries and mean keys.
+
+Sources: DraftAttention (arXiv 2505.14708), SpargeAttn (arXiv 2502.18137), Jenga (arXiv 2505.16864), the routing of
+Sol-Attn (arXiv 2607.24027) and the sub-block scores of SubBlock (sgl-project/sglang, pull request 34148). Each is a
+setting of the same four steps: pool, score, choose, add the forced blocks.
+"""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+
+from sparse_dit.kernels.blocks import BlockList
+from sparse_dit.kernels.lists import PER, threshold_lists, top_k_lists, top_p_lists
+from sparse_dit.kernels.pool import block_means, block_similarity
+from sparse_dit.layout import TokenLayout
+from sparse_dit.orders import Order
+from sparse_dit.selection.dynamic import Call, Chosen, Dynamic, blocks_of_share, density_of_share
+
+REDUCTIONS = ("max", "logsumexp")
+# Scores of sub-blocks held at once.
+SCORES = 2**26
+
+
+@dataclass(frozen=True)
+class Pooled(Dynamic):
+    """The score of a query and a key block is scale mean(q).mean(k); one of three rules chooses by it.
+
+    `density` (0.25 when no rule is given): the best max(1, floor(density KB)) key blocks of a row, or, `per` head, so
+    many a row on average, the best of softmax(scores) over the whole head, and the best of each row (DraftAttention,
+    whose rows may go empty). `top_p`: of softmax(scores) the likeliest blocks up to a sum of p. `tau`: the blocks that
+    score at least mean + tau std of their row.
+
+    Subtracting the mean key (smooth-K) moves all scores of a row alike, so it changes none of the three; it matters to
+    `similarity`, which measures keys after it.
+
+    Args:
+        density: share of the key blocks.
+        top_p: mass in [0, 1].
+        tau: cutoff in standard deviations of the row's scores.
+        per: `row` or `head`, for `density`.
+        crossing: for `top_p`, whether the block that crosses p is computed (NABLA) or not (SpargeAttn).
+        least: for `top_p`, share of the key blocks that every row computes at least.
+        similarity: blocks whose tokens are less alike than this (mean cosine of all pairs, in [0, 1]) are not judged by
+            their mean: such a query block computes all keys, such a key block is computed by all queries and takes no
+            part in the softmax. `None` trusts every mean.
+        sub_block: pool so many tokens instead of whole blocks; a block's score is reduced from those of its parts.
+        reduction: `max` or `logsumexp`, for `sub_block`.
+        sink: whether the first key block is always computed.
+        adjacent: whether the blocks of a block's own and adjoining tokens, one step away on each axis, are always
+            computed (Jenga).
+
+    Raises:
+        ValueError: a value is out of its range, or two rules are given.
+    """
+
+    EXCLUSIVE: ClassVar[tuple[str, str, str]] = ("density", "top_p", "tau")
+
+    density: float | None = None
+    top_p: float | None = None
+    tau: float | None = None
+    per: str = "row"
+    crossing: bool = True
+    least: float = 0.0
+    similarity: float | None = None
+    sub_block: int | None = None
+    reduction: str = "max"
+    sink: bool = False
+    adjacent: bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.EXCLUSIVE if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"selection: {' and '.join(given)} exclude each other; valid: one of them")
+        if not given:
+            object.__setattr__(self, "density", 0.25)
+        checks = (
+            ("density", self.density is None or 0.0 < self.density <= 1.0, "a number in (0, 1]"),
+            ("top_p", self.top_p is None or 0.0 <= self.top_p <= 1.0, "a number in [0, 1]"),
+            ("tau", self.tau is None or math.isfinite(self.tau), "a finite number"),
+            ("per", self.per in PER, ", ".join(PER)),
+            ("per", self.per == "row" or self.density is not None, "row, unless density is the rule"),
+            ("least", 0.0 <= self.least <= 1.0, "a number in [0, 1]"),
+            ("least", self.least == 0.0 or self.top_p is not None, "0, unless top_p is the rule"),
+            ("similarity", self.similarity is None or 0.0 <= self.similarity <= 1.0, "a number in [0, 1]"),
+            ("sub_block", self.sub_block is None or self.sub_block >= 1, "1 or more tokens"),
+            ("reduction", self.reduction in REDUCTIONS, ", ".join(REDUCTIONS)),
+        )
+        for name, holds, valid in checks:
+            if not holds:
+                raise ValueError(f"selection.{name}: {getattr(self, name)!r}; valid: {valid}")
+
+    def choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Chosen:
+        """See `Dynamic.choose`."""
+        scores, forced = self._scores(q, k, call)
+        if self.sink:
+            first = torch.zeros(1, 1, 1, call.k_blocks, dtype=torch.bool, device=q.device)
+            first[..., 0] = True
+            forced = _joined(forced, first)
+        if self.adjacent:
+            near = _adjacent_blocks(call.orders[0], call.layout, q.shape[1], call.block_q, call.block_k, scores.device)
+            forced = _joined(forced, near)
+        return Chosen(self._lists(scores, forced, call), call.table)
+
+    def expected_density(self, layout: TokenLayout, block_q: int, block_k: int) -> float | None:
+        """See `Dynamic.expected_density`; known when `density` alone decides."""
+        if self.density is None or self.similarity is not None or self.adjacent:
+            return None
+        return density_of_share(self.density, layout, block_q, block_k)
+
+    def _scores(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores fp32 [B, H, QB, KB], and the blocks that are forced so far."""
+        if self.similarity is None and self.sub_block is None:
+            q_means = block_means(q, call.block_q, order=call.table)
+            k_means = block_means(k, call.block_k, order=call.table)
+            return call.scale * q_means @ k_means.mT, call.forced
+        forced, alike = call.forced, None
+        if self.similarity is not None:
+            smooth = k.mean(dim=2, dtype=torch.float32)
+            q_means, q_alike = block_similarity(q, call.block_q, order=call.table)
+            k_means, k_alike = block_similarity(k, call.block_k, order=call.table, subtract=smooth)
+            alike = (k_alike > self.similarity)[..., None, :]
+            forced = _joined(forced, ~alike | ~(q_alike > self.similarity)[..., None])
+        if self.sub_block is not None:
+            q_means = block_means(q, self.sub_block, order=call.table)
+            k_means = block_means(k, self.sub_block, order=call.table)
+            scores = self._reduced(q_means, k_means, self.sub_block, call)
+        else:
+            scores = call.scale * q_means @ k_means.mT
+        if alike is not None and self.tau is None:
+            # Not -inf: a softmax over nothing else would be NaN. All of those blocks are forced then.
+            scores = scores.masked_fill(~alike, torch.finfo(scores.dtype).min)
+        return scores, forced
+
+    def _reduced(self, q_parts: torch.Tensor, k_parts: torch.Tensor, part: int, call: Call) -> torch.Tensor:
+        """The scores of blocks from those of their parts, [B, H, parts, D] each, some rows of blocks at a time."""
+        per_q, per_k = call.block_q // part, call.block_k // part
+        beyond = F.pad(torch.zeros(k_parts.shape[2], device=q_parts.device), (0, -k_parts.shape[2] % per_k), value=1.0)
+        k_parts = F.pad(k_parts, (0, 0, 0, -k_parts.shape[2] % per_k))
+        rows = max(1, SCORES // (k_parts[..., 0].numel() * per_q)) * per_q
+        merged = []
+        for some in torch.split(call.scale * q_parts, rows, dim=2):
+            scores = (some @ k_parts.mT).masked_fill(beyond.bool(), -torch.inf)
+            scores = F.pad(scores, (0, 0, 0, -scores.shape[2] % per_q), value=-torch.inf)
+            if self.reduction == "max":
+                merged.append(reduce(scores, "b h (n i) (m j) -> b h n m", "max", i=per_q, j=per_k))
+            else:
+                grouped = rearrange(scores, "b h (n i) (m j) -> b h n m (i j)", i=per_q, j=per_k)
+                merged.append(grouped.logsumexp(dim=-1))
+        return torch.cat(merged, dim=2)
+
+    def _lists(self, scores: torch.Tensor, forced: torch.Tensor | None, call: Call) -> BlockList:
+        sizes = {"block_q": call.block_q, "block_k": call.block_k}
+        if self.tau is not None:
+            return threshold_lists(scores, self.tau, forced=forced, **sizes)
+        if self.top_p is not None:
+            least = blocks_of_share(self.least, call.k_blocks)
+            probabilities = scores.softmax(dim=-1)
+            return top_p_lists(
+                probabilities, self.top_p, crossing=self.crossing, forced=forced, at_least=least, **sizes
+            )
+        assert self.density is not None
+        ranked = scores.softmax(dim=-1) if self.per == "head" else scores
+        return top_k_lists(ranked, blocks_of_share(self.density, call.k_blocks), forced=forced, per=self.per, **sizes)
+
+
+def _joined(first: torch.Tensor | None, second: torch.Tensor) -> torch.Tensor:
+    return second if first is None else first | second
+
+
+@functools.lru_cache(maxsize=8)
+def _adjacent_blocks(
+    order: Order, layout: TokenLayout, heads: int, block_q: int, block_k: int, device: torch.device
+) -> torch.Tensor:
+    """Blocks that hold the same or adjoining video tokens, bool [1, 1 or H, QB, KB]."""
+    table = order.table(layout, heads)
+    table = torch.arange(layout.length)[None] if table is None else table
+    place = torch.empty_like(table).scatter_(1, table, torch.arange(layout.length).expand(table.shape))
+    video = place[:, layout.text_before : layout.text_before + layout.video_tokens].unflatten(1, layout.grid)
+    mask = torch.zeros(len(table), -(-layout.length // block_q), -(-layout.length // block_k), dtype=torch.bool)
+    head = torch.arange(len(table))[:, None]
+    for step in itertools.product((-1, 0, 1), repeat=3):
+        here = video[:, *(slice(max(0, -by), side - max(0, by)) for by, side in zip(step, layout.grid, strict=True))]
+        there = video[:, *(slice(max(0, by), side - max(0, -by)) for by, side in zip(step, layout.grid, strict=True))]
+        mask[head, here.flatten(1) // block_q, there.flatten(1) // block_k] = True
+    return mask[None].to(device)
