@@ -1,4 +1,4 @@
-"""One attention call: schedule, then order, then selection, then kernel. And the functions to call it by.
+"""One attention call: dense or sparse by the schedule, computed and counted. And the functions to call it by.
 
 Eager code calls the engine directly. Under `torch.compile` each call is one custom operator that gets the layer's
 number in a tensor and looks up everything else when it runs: step, branch and schedule are then no constants of the
@@ -7,62 +7,38 @@ supported.
 """
 
 import copy
-import functools
 import itertools
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from einops import rearrange
 
-from sparse_dit.kernels.blocks import BlockList
-from sparse_dit.kernels.lists import mask_to_lists
-from sparse_dit.kernels.ops import block_sparse_attention, default_backend
+from sparse_dit.calls import attend, plan
+from sparse_dit.forecast import forecast, is_dense
+from sparse_dit.kernels.ops import default_backend
 from sparse_dit.layout import TokenLayout
-from sparse_dit.orders import Order
 from sparse_dit.recipe import Recipe, load_recipe
-from sparse_dit.selection import Every, Selection
-from sparse_dit.state import RunState, Tally
+from sparse_dit.state import RunState, Slot, Tally
+
+__all__ = [
+    "HEADS_FIRST",
+    "TOKENS_FIRST",
+    "Run",
+    "Site",
+    "begin_forward",
+    "end_forward",
+    "is_dense",
+    "plan",
+    "sparse_attention",
+]
 
 HEADS_FIRST = "b h s d"
 TOKENS_FIRST = "b s h d"
-
-
-class Plan(NamedTuple):
-    """What a static selection comes to on a device.
-
-    Attributes:
-        blocks: the block list.
-        density: its density over the whole sequence.
-        table: token ids in the order in which they enter blocks; `None` when they stay as they are.
-    """
-
-    blocks: BlockList
-    density: float
-    table: torch.Tensor | None
-
-
-def plan(recipe: Recipe, layout: TokenLayout, device: torch.device) -> Plan:
-    """The plan of a recipe for a token layout; computed once, then cached."""
-    return _plan(recipe.order, recipe.selection, layout, recipe.block_q, recipe.block_k, device)
-
-
-@functools.lru_cache(maxsize=16)
-def _plan(
-    order: Order, selection: Selection, layout: TokenLayout, block_q: int, block_k: int, device: torch.device
-) -> Plan:
-    mask = selection.select(layout, block_q, block_k)
-    blocks = mask_to_lists(mask[None], block_q, block_k)
-    table = order.table(layout)
-    return Plan(
-        blocks.to(device),
-        blocks.density(layout.length, layout.length),
-        None if table is None else table.to(device),
-    )
 
 
 class Run:
@@ -80,12 +56,13 @@ class Run:
         self.state = RunState()
         self.tally = Tally(timing)
         self._warned = False
+        self._affordable: tuple[Any, ...] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Run":
         """A copied pipeline starts a run of its own."""
         return Run(self.recipe, strict=self.strict, timing=self.tally.timing)
 
-    def begin_forward(self, layout: TokenLayout, noise: torch.Tensor, planned: int) -> None:
+    def begin_forward(self, layout: TokenLayout, noise: torch.Tensor, planned: int, transformer: int = 0) -> None:
         """A forward of a transformer begins.
 
         Args:
@@ -93,9 +70,10 @@ class Run:
             noise: its noise level in [0, 1], any shape; the largest one counts. Read only when something depends on it,
                 because reading waits for the GPU.
             planned: number of self-attention layers.
+            transformer: as `RunState.begin_forward`.
         """
         read = self.recipe.schedule.reads_noise or self.state.context.step is None
-        self.state.begin_forward(layout, float(noise.max()) if read else None)
+        self.state.begin_forward(layout, float(noise.max()) if read else None, transformer)
         self.tally.begin_forward(planned)
 
     def end_forward(self) -> None:
@@ -141,18 +119,40 @@ class Run:
 
         Returns:
             The output with the axes `axes` and the dtype of q.
+
+        Raises:
+            ValueError: layers would keep more than the recipe's limit; told before the first sparse call.
         """
         tokens = q.shape[axes.split().index("s")]
         reason = refusal or self.dense_reason(layer, tokens)
+        if self.recipe.state_limit is not None and refusal is None:
+            self._check_state(q if axes == HEADS_FIRST else q.transpose(1, 2))
         with self.tally.timed(q.device):
             if reason is not None:
                 self.tally.count_dense(reason)
                 return dense()
-            assert self.state.layout is not None
-            chosen = plan(self.recipe, self.state.layout, q.device)
-            self.tally.count_sparse(chosen.density, default_backend(q))
+            state, layout = self.state, self.state.layout
+            assert layout is not None
             q, k, v = (rearrange(x, f"{axes} -> {HEADS_FIRST}") for x in (q, k, v))
-            return rearrange(_attend_blocks(q, k, v, chosen, scale), f"{HEADS_FIRST} -> {axes}")
+            slot = state.slot(layer, (layout, q.shape, q.dtype, q.device))
+            done = attend(self.recipe, layout, q, k, v, scale=scale, layer=layer, step=state.step, slot=slot)
+            if done.whole:
+                self.tally.count_dense("refresh", default_backend(q))
+            else:
+                self.tally.count_sparse(done.density, default_backend(q))
+            return rearrange(done.out, f"{HEADS_FIRST} -> {axes}")
+
+    def _check_state(self, q: torch.Tensor) -> None:
+        """Raises ValueError when layers would keep more than the recipe allows; q is [B, H, S, D]."""
+        state = self.state
+        asked = (state.layout, state.branches, q.shape, q.dtype)
+        if state.layout is None or self._affordable == asked:
+            return
+        told = forecast(
+            self.recipe, state.layout, layers=self.tally.planned, branches=state.branches, shape=q.shape, dtype=q.dtype
+        )
+        told.check(self.recipe)
+        self._affordable = asked
 
     def dense_reason(self, layer: int, tokens: int) -> str | None:
         """Why a call of a layer over so many tokens is dense where the state stands, or `None` when it is sparse."""
@@ -164,22 +164,6 @@ class Run:
         if tokens <= max(recipe.block_q, recipe.block_k):
             return "short"
         return recipe.schedule.dense_reason(state.step, state.noise, layer)
-
-
-def is_dense(recipe: Recipe) -> bool:
-    """Whether a recipe asks for nothing but the model's own dense attention."""
-    return isinstance(recipe.selection, Every) and recipe.precision == "native"
-
-
-def _attend_blocks(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: Plan, scale: float | None
-) -> torch.Tensor:
-    """Attention along the block list, in the plan's order, [B, H, S, D]."""
-    if chosen.table is None:
-        return block_sparse_attention(q, k, v, chosen.blocks, scale=scale)[0]
-    q, k, v = (x.index_select(2, chosen.table) for x in (q, k, v))
-    moved = block_sparse_attention(q, k, v, chosen.blocks, scale=scale)[0]
-    return torch.empty_like(moved).index_copy_(2, chosen.table, moved)
 
 
 class Site:
@@ -254,7 +238,8 @@ def begin_forward(site: Site, layout: tuple[int, ...], noise: torch.Tensor, plan
     if torch.compiler.is_compiling():
         _begin_forward(noise, site.slot, site.clock, list(layout), planned)
     else:
-        site.run.begin_forward(TokenLayout((layout[0], layout[1], layout[2]), *layout[3:]), noise, planned)
+        tokens = TokenLayout((layout[0], layout[1], layout[2]), *layout[3:])
+        site.run.begin_forward(tokens, noise, planned, transformer=id(site.clock))
 
 
 def end_forward(site: Site) -> None:
@@ -335,6 +320,9 @@ def sparse_attention(
 ) -> torch.Tensor:
     """Sparse self-attention for a model of your own; the recipe's schedule is yours to follow.
 
+    Every call stands for itself: nothing is kept from one to the next, so what a recipe does at a refresh it does in
+    every call. Recipes that search (`mass`) or cache (`skipped: reuse`) then compute whole attention.
+
     Args:
         q, k, v: [B, H, S, D], fp16, bf16 or fp32; S = text_before + T * H * W + text_after.
         grid: (T, H, W), the video tokens, flattened with W fastest.
@@ -359,4 +347,4 @@ def sparse_attention(
     recipe = load_recipe(recipe)
     if is_dense(recipe):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
-    return _attend_blocks(q, k, v, plan(recipe, layout, q.device), scale)
+    return attend(recipe, layout, q, k, v, scale=scale, layer=0, step=0, slot=Slot()).out

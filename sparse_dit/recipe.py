@@ -14,12 +14,19 @@ from typing import Any
 import yaml
 
 from sparse_dit.kernels.blocks import BLOCK_SIZES
+from sparse_dit.kernels.ops import PRECISIONS
 from sparse_dit.orders import ORDERS, Order, Rows
 from sparse_dit.schedule import Schedule
-from sparse_dit.selection import SELECTIONS, Radial, Selection
+from sparse_dit.selection import SELECTIONS, AnySelection, Band, Every, Gate, HeadTypes, Pooled, Radial
+from sparse_dit.skipped import SKIPPED, Drop, Reuse, Skipped
 
-PRECISIONS = ("native",)
-SKIPPED = ("drop",)
+# Selections that mean something in some orders only: those, and why.
+_ORDERS_OF: dict[type[Any], tuple[tuple[str, ...], str]] = {
+    Radial: (("rows",), "its band counts tokens inside frames"),
+    Band: (("rows", "time_major"), "it is the band of a spatial or of a temporal head"),
+    HeadTypes: (("rows",), "it finds the order of each head itself"),
+    Gate: (("rows",), "it partitions the grid itself, by layer"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,73 +37,101 @@ class Recipe:
         name: how reports call it.
         order: in which order the tokens enter blocks (`sparse_dit.orders`).
         selection: which key blocks a query block computes (`sparse_dit.selection`).
-        schedule: which steps and layers stay dense (`sparse_dit.schedule`).
-        precision: arithmetic of the sparse calls; `native` is the dtype of the model.
-        skipped: what becomes of blocks that were not selected; `drop` leaves them out of the softmax.
+        schedule: which steps and layers stay dense, and when a selection is refreshed (`sparse_dit.schedule`).
+        precision: arithmetic of the sparse calls, one of `PRECISIONS`; `native` is the dtype of the model.
+        skipped: what becomes of blocks that were not selected (`sparse_dit.skipped`).
         block_q: query tokens of a block, one of `BLOCK_SIZES`.
         block_k: key tokens of a block, one of `BLOCK_SIZES`.
         source: where the settings come from.
-        licence: licence of that source.
+        licence: licence of the source's code.
+        note: where the recipe differs from its source.
+        state_limit: GiB that the layers of a model may keep between steps; a run that would keep more is refused before
+            its first sparse call. `None` is no limit.
 
     Raises:
-        ValueError: a value is not one of the valid ones.
+        ValueError: a value is not one of the valid ones, or two choices exclude each other.
     """
 
     name: str = "custom"
     order: Order = field(default_factory=Rows)
-    selection: Selection = field(default_factory=Radial)
+    selection: AnySelection = field(default_factory=Radial)
     schedule: Schedule = field(default_factory=Schedule)
     precision: str = "native"
-    skipped: str = "drop"
+    skipped: Skipped = field(default_factory=Drop)
     block_q: int = 64
     block_k: int = 64
     source: str = ""
     licence: str = ""
+    note: str = ""
+    state_limit: float | None = None
 
     def __post_init__(self) -> None:
-        for name, valid in (
-            ("precision", PRECISIONS),
-            ("skipped", SKIPPED),
-            ("block_q", BLOCK_SIZES),
-            ("block_k", BLOCK_SIZES),
-        ):
+        for name, valid in (("precision", PRECISIONS), ("block_q", BLOCK_SIZES), ("block_k", BLOCK_SIZES)):
             value = getattr(self, name)
             if value not in valid:
                 raise ValueError(f"{name}: {value!r}; valid: {_listed(valid)}")
+        if self.state_limit is not None and not self.state_limit >= 0.0:
+            raise ValueError(f"state_limit: {self.state_limit!r}; valid: 0 or more GiB, or none")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        """Raises ValueError for choices that exclude each other."""
+        valid, why = _ORDERS_OF.get(type(self.selection), ((), ""))
+        if valid and not any(type(self.order) is ORDERS[name] for name in valid):
+            order, selection = _name_of(self.order, ORDERS), _name_of(self.selection, SELECTIONS)
+            raise ValueError(f"order: {order!r} with selection {selection!r}; {why}; valid: {_listed(valid)}")
+        part = self.selection.sub_block if isinstance(self.selection, Pooled) else None
+        if part is not None and (self.block_q % part or self.block_k % part):
+            raise ValueError(
+                f"selection.sub_block: {part} with blocks of {self.block_q} x {self.block_k}; valid: a divisor of both"
+            )
+        if isinstance(self.skipped, Reuse) and isinstance(self.selection, Every):
+            raise ValueError("skipped: 'reuse' with selection 'all', which skips nothing; valid: drop")
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> "Recipe":
         """Build a recipe from plain values, as they stand in YAML.
 
         Args:
-            mapping: fields of the recipe; `order` and `selection` are a name or a mapping with `name` and settings.
+            mapping: fields of the recipe; `order`, `selection` and `skipped` are a name or a mapping with `name` and
+                settings.
 
         Raises:
             ValueError: unknown field or name (with the nearest valid one), a value of the wrong kind or out of range,
                 or two settings that exclude each other; one line.
         """
         plain = dict(_mapping(mapping, "recipe"))
-        if "order" in plain:
-            plain["order"] = _choice(plain["order"], ORDERS, "order")
-        if "selection" in plain:
-            plain["selection"] = _choice(plain["selection"], SELECTIONS, "selection")
+        registries: dict[str, Mapping[str, type[Any]]] = {"order": ORDERS, "selection": SELECTIONS, "skipped": SKIPPED}
+        for name, registry in registries.items():
+            if name in plain:
+                plain[name] = _choice(plain[name], registry, name)
         if "schedule" in plain:
             plain["schedule"] = _build(Schedule, plain["schedule"], "schedule")
-        return typing.cast(Recipe, _build(cls, plain, "recipe"))
+        recipe = typing.cast(Recipe, _build(cls, plain, "recipe"))
+        if isinstance(recipe.skipped, Reuse) and not recipe.schedule.keeps:
+            raise ValueError(
+                "skipped: 'reuse' with a refresh in every step, which would make every call whole; "
+                "valid: schedule.refresh_every above 1, or schedule.refresh_steps"
+            )
+        return recipe
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; `Recipe.from_dict` takes them back."""
+        """Plain values, without a `note` or `state_limit` that is not set; `Recipe.from_dict` takes them back."""
+        extra = {"note": self.note} if self.note else {}
+        limit = {} if self.state_limit is None else {"state_limit": self.state_limit}
         return {
             "name": self.name,
             "order": _plain_choice(self.order, ORDERS),
             "selection": _plain_choice(self.selection, SELECTIONS),
             "schedule": _plain_fields(self.schedule),
             "precision": self.precision,
-            "skipped": self.skipped,
+            "skipped": _plain_choice(self.skipped, SKIPPED),
             "block_q": self.block_q,
             "block_k": self.block_k,
             "source": self.source,
             "licence": self.licence,
+            **extra,
+            **limit,
         }
 
     def to_yaml(self) -> str:
@@ -125,7 +160,7 @@ class Recipe:
             part = {"name": part} if isinstance(part, str) else dict(part)
             if tail == "name" and settings[name] != part.get("name"):
                 part = {}
-            for rival in _rivals(part.get("name"), tail):
+            for rival in _rivals(head, part.get("name"), tail):
                 if f"{head}.{rival}" not in settings:
                     part.pop(rival, None)
             plain[head] = {**part, tail: settings[name]}
@@ -218,7 +253,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
-        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        lists = isinstance(value, list | tuple)
+        hint = next((kind for kind in kinds if (typing.get_origin(kind) is tuple) == lists), kinds[0])
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where}: {value!r}; valid: a list")
@@ -232,22 +269,29 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 
 
 def _plain_choice(chosen: Any, registry: Mapping[str, type[Any]]) -> Any:
-    name = next(name for name, cls in registry.items() if cls is type(chosen))
     settings = _plain_fields(chosen)
-    return {"name": name, **settings} if settings else name
+    return {"name": _name_of(chosen, registry), **settings} if settings else _name_of(chosen, registry)
+
+
+def _name_of(chosen: Any, registry: Mapping[str, type[Any]]) -> str:
+    return next((name for name, cls in registry.items() if cls is type(chosen)), type(chosen).__name__)
 
 
 def _plain_fields(chosen: Any) -> dict[str, Any]:
-    plain = {entry.name: getattr(chosen, entry.name) for entry in dataclasses.fields(chosen)}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+    plain = {entry.name: _plain_value(getattr(chosen, entry.name)) for entry in dataclasses.fields(chosen)}
     exclusive = getattr(type(chosen), "EXCLUSIVE", ())
     # The last of several exclusive settings that has a value is the one in force.
     in_force = [name for name in exclusive if plain[name] is not None][-1:]
     return {name: value for name, value in plain.items() if name not in exclusive or name in in_force}
 
 
-def _rivals(selection: Any, setting: str) -> list[str]:
-    exclusive = getattr(SELECTIONS.get(selection), "EXCLUSIVE", ())
+def _plain_value(value: Any) -> Any:
+    return [_plain_value(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _rivals(part: str, name: Any, setting: str) -> list[str]:
+    owner = Schedule if part == "schedule" else SELECTIONS.get(name) if part == "selection" else None
+    exclusive: tuple[str, ...] = getattr(owner, "EXCLUSIVE", ())
     return [name for name in exclusive if setting in exclusive and name != setting]
 
 

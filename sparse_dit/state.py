@@ -72,6 +72,7 @@ class RunState:
         self._rises: bool | None = None
         self._transformer: int | None = None
         self._forwards = 0
+        self._branches: set[str] = set()
         self._slots.clear()
 
     def begin_forward(self, layout: TokenLayout, noise: float | None, transformer: int = 0) -> None:
@@ -106,6 +107,7 @@ class RunState:
         self._forwards = self._forwards + 1 if self.step == before else 1
         self.layout, self.noise, self._transformer = layout, noise, transformer
         self.branch = self.context.branch or f"forward {self._forwards}"
+        self._branches.add(self.branch)
 
     def _goes_back(self, told: int | None, noise: float | None) -> bool:
         if told is not None:
@@ -129,6 +131,11 @@ class RunState:
         return slot
 
     @property
+    def branches(self) -> int:
+        """Branches that the run has, as far as it can be known: those seen, and one of two is told by its name."""
+        return max(len(self._branches), 2 if self.branch in ("cond", "uncond") else 1)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of everything that layers keep."""
         return sum(slot.nbytes for slot in self._slots.values())
@@ -147,7 +154,7 @@ class Summary:
         density: mean density of the sparse calls; `None` when there were none.
         run_density: mean density of all calls, dense ones counted as 1; `None` when there were none.
         attention_seconds: time in all self-attention calls; `None` when timing was off.
-        backend: kernel backends of the sparse calls, joined by `+`; `dense` when there were none.
+        backend: this package's backends that calls ran on, joined by `+`; `dense` when there were none.
     """
 
     planned: int
@@ -213,15 +220,23 @@ class Tally:
         done, total = self._forward, self._total
         total.planned += done.planned
         total.sparse += done.sparse
-        for density in (done.density, *done.measured.values()):
-            total.add(density)
+        total.add(done.density)
+        for measured in done.measured.values():
+            total.add(measured)
         total.dense.update(done.dense)
         self._forward = _Counts()
         return done.planned, done.made
 
-    def count_dense(self, reason: str) -> None:
-        """Count a call that ran dense."""
+    @property
+    def planned(self) -> int:
+        """Self-attention layers of the forward that runs."""
+        return self._forward.planned
+
+    def count_dense(self, reason: str, backend: str | None = None) -> None:
+        """Count a call that computed everything; by one of this package's backends, unless by the model's own."""
         self._forward.dense[reason] += 1
+        if backend is not None:
+            self._backends.add(backend)
 
     def count_sparse(self, density: float | torch.Tensor, backend: str) -> None:
         """Count a call that ran sparse; a density in a tensor (scalar, float64) is read by `summary` only."""

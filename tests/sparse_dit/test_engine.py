@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from sparse_dit.engine import HEADS_FIRST, TOKENS_FIRST, Run, Site, plan, sparse_attention
+from sparse_dit.kernels.gather import gather_tokens
 from sparse_dit.kernels.oracle import oracle_attention
-from sparse_dit.layout import TokenLayout
+from sparse_dit.layout import TokenLayout, text_blocks
+from sparse_dit.orders.tables import place_text
 from sparse_dit.recipe import Recipe
 from sparse_dit.schedule import Schedule
-from sparse_dit.selection import Every, Radial
+from sparse_dit.selection import Every, Pooled, Radial
 from sparse_dit.state import Context
 
 GRID = (5, 5, 9)  # 45 tokens a frame: no multiple of any block
@@ -59,7 +61,7 @@ def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], tor
 def test_sparse_attention_computes_the_selected_blocks_and_no_other(block_q: int, block_k: int) -> None:
     q, k, v = qkv(RAGGED)
     chosen = Recipe(selection=Radial(full_distance=0, min_width=0), block_q=block_q, block_k=block_k)
-    mask = chosen.selection.select(RAGGED, block_q, block_k)
+    mask = Radial(full_distance=0, min_width=0).select(RAGGED, block_q, block_k, None, 2)
     assert not mask.all()
     out = sparse_attention(q, k, v, grid=GRID, recipe=chosen, text_before=3, text_after=11)
     expected, _ = oracle_attention(q, k, v, mask[None], block_q, block_k, None)
@@ -101,24 +103,43 @@ def test_a_planted_pattern_is_found_where_it_is_kept_and_lost_where_it_is_not() 
 
 @dataclass(frozen=True)
 class Shuffled:
-    """An order that moves every token."""
+    """An order that moves every video token, each head's differently."""
 
-    def table(self, layout: TokenLayout) -> torch.Tensor:
-        return torch.randperm(layout.length, generator=torch.Generator().manual_seed(0))
+    def table(self, layout: TokenLayout, heads: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        video = torch.stack([torch.randperm(layout.video_tokens, generator=generator) for _ in range(heads)])
+        return place_text(layout, video)
+
+
+@dataclass(frozen=True)
+class Striped:
+    """A static selection that differs by head: head h keeps the key blocks j with i + j + h even."""
+
+    def select(
+        self, layout: TokenLayout, block_q: int, block_k: int, table: torch.Tensor | None, heads: int
+    ) -> torch.Tensor:
+        rows, columns = -(-layout.length // block_q), -(-layout.length // block_k)
+        head, row, column = torch.arange(heads), torch.arange(rows), torch.arange(columns)
+        return (head[:, None, None] + row[:, None] + column) % 2 == 0
 
 
 def test_an_order_moves_tokens_into_blocks_and_back() -> None:
     q, k, v = qkv(RAGGED)
-    everything = Recipe(order=Shuffled(), selection=Radial(density=1.0), block_q=16, block_k=16)
+    everything = Recipe(order=Shuffled(), selection=Pooled(density=1.0), block_q=16, block_k=16)
     out = sparse_attention(q, k, v, grid=GRID, recipe=everything, text_before=3, text_after=11)
     assert (out - stock(q, k, v)()).abs().max() <= rounding(q, k, v)
-    half = Recipe(order=Shuffled(), selection=Radial(density=0.5), block_q=16, block_k=16)
+    half = Recipe(order=Shuffled(), selection=Striped(), block_q=16, block_k=16)
     out = sparse_attention(q, k, v, grid=GRID, recipe=half, text_before=3, text_after=11)
-    table = Shuffled().table(RAGGED)
-    mask = half.selection.select(RAGGED, 16, 16)
-    moved = (x[:, :, table] for x in (q, k, v))
-    expected, _ = oracle_attention(*moved, mask[None], 16, 16, None)
-    assert (out[:, :, table] - expected).abs().max() <= rounding(q, k, v)
+    table = Shuffled().table(RAGGED, 2)
+    mask = with_text(Striped().select(RAGGED, 16, 16, None, 2), RAGGED, 16)
+    q, k, v, out = (gather_tokens(x, table) for x in (q, k, v, out))
+    expected, _ = oracle_attention(q, k, v, mask[None], 16, 16, None)
+    assert (out - expected).abs().max() <= rounding(q, k, v)
+
+
+def with_text(mask: torch.Tensor, layout: TokenLayout, block: int) -> torch.Tensor:
+    rows, columns = text_blocks(layout, block, block)
+    return mask | rows[:, None] | columns
 
 
 def test_the_recipe_dense_is_stock_attention() -> None:

@@ -1,0 +1,214 @@
+"""What one sparse attention call computes: order, selection, kernel, skipped blocks."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from sparse_dit.kernels.blocks import BlockList
+from sparse_dit.kernels.lists import mask_to_lists
+from sparse_dit.kernels.ops import block_sparse_attention
+from sparse_dit.layout import TokenLayout, text_blocks
+from sparse_dit.orders import Order, Rows
+from sparse_dit.recipe import Recipe
+from sparse_dit.selection import Call, Chosen, Dynamic, Every, Selection
+from sparse_dit.skipped import Reuse
+from sparse_dit.state import Slot
+
+
+class Plan(NamedTuple):
+    """What a static selection comes to on a device.
+
+    Attributes:
+        blocks: the block list.
+        density: its density over the whole sequence, the mean over heads.
+        table: int64 [1 or H, S], token ids in the order in which they enter blocks; `None` when they stay as they are.
+    """
+
+    blocks: BlockList
+    density: float
+    table: torch.Tensor | None
+
+
+def plan(recipe: Recipe, layout: TokenLayout, device: torch.device, heads: int = 1) -> Plan:
+    """The plan of a recipe with a static selection for a token layout; computed once, then cached.
+
+    Args:
+        recipe: the method.
+        layout: the tokens of the call.
+        device: where the call runs.
+        heads: attention heads; matters to orders and selections that differ by head.
+
+    Raises:
+        ValueError: the recipe's selection is dynamic: what it computes depends on the content.
+    """
+    if isinstance(recipe.selection, Dynamic):
+        raise ValueError(
+            f"recipe: the selection of {recipe.name!r} depends on the content; valid: a recipe with a static selection"
+        )
+    return _plan(recipe.order, recipe.selection, layout, recipe.block_q, recipe.block_k, device, heads)
+
+
+@functools.lru_cache(maxsize=16)
+def _plan(
+    order: Order,
+    selection: Selection,
+    layout: TokenLayout,
+    block_q: int,
+    block_k: int,
+    device: torch.device,
+    heads: int,
+) -> Plan:
+    mask = selection.select(layout, block_q, block_k, order.table(layout, heads), heads)
+    rows, columns = text_blocks(layout, block_q, block_k)
+    blocks = mask_to_lists((mask | rows[:, None] | columns)[None], block_q, block_k)
+    return Plan(blocks.to(device), blocks.density(layout.length, layout.length), _table(order, layout, heads, device))
+
+
+@functools.lru_cache(maxsize=16)
+def _table(order: Order, layout: TokenLayout, heads: int, device: torch.device) -> torch.Tensor | None:
+    table = order.table(layout, heads)
+    return None if table is None else table.to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _forced(layout: TokenLayout, block_q: int, block_k: int, device: torch.device) -> torch.Tensor | None:
+    """`Call.forced`."""
+    if layout.text_before + layout.text_after == 0:
+        return None
+    rows, columns = text_blocks(layout, block_q, block_k)
+    return (rows[:, None] | columns)[None, None].to(device)
+
+
+class Attended(NamedTuple):
+    """A sparse attention call.
+
+    Attributes:
+        out: [B, H, S, D].
+        density: computed tile area over full area; a float64 scalar on q's device when it depends on the content, so
+            that no call waits for the device.
+        whole: whether `out` is that of whole attention, as a search or a cache needed it.
+    """
+
+    out: torch.Tensor
+    density: float | torch.Tensor
+    whole: bool
+
+
+def attend(
+    recipe: Recipe,
+    layout: TokenLayout,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None,
+    layer: int,
+    step: int,
+    slot: Slot,
+) -> Attended:
+    """Compute one sparse attention call.
+
+    At a refresh (`Schedule.refreshes`) a dynamic selection chooses anew. A selection that needs the log-sum-exp of
+    whole attention for that, and `skipped: reuse`, make the call a whole one in native precision, by this package's
+    kernel and not by the model's own backend, which tells no log-sum-exp; its output is then exact.
+
+    Args:
+        recipe: the method; its selection is not `all` in native precision.
+        layout: the tokens of the call.
+        q, k, v: [B, H, S, D] in the model's order.
+        scale: factor on the scores; `None` is 1 / sqrt(D).
+        layer: index of the self-attention layer.
+        step: denoising step from 0.
+        slot: what the layer keeps between steps, made for this layout and these shapes; changed.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    refresh = recipe.schedule.refreshes(step, slot.refreshed)
+    whole = None
+    if isinstance(recipe.selection, Dynamic):
+        chosen, whole = _choose(recipe, layout, q, k, v, scale, layer, step, slot, refresh)
+        density: float | torch.Tensor = measured_density(chosen.blocks, layout.length)
+    else:
+        planned = plan(recipe, layout, q.device, q.shape[1])
+        chosen, density = Chosen(planned.blocks, planned.table), planned.density
+    keeps_output = refresh and isinstance(recipe.skipped, Reuse)
+    if keeps_output and whole is None:
+        whole = _whole(recipe, layout, q, k, v, scale)
+    if whole is not None and not keeps_output:
+        return Attended(whole[0], density, True)
+    out, lse = block_sparse_attention(
+        q, k, v, chosen.blocks, scale=scale, precision=recipe.precision, order=chosen.table
+    )
+    if not isinstance(recipe.skipped, Reuse):
+        return Attended(out, density, False)
+    if whole is None:
+        assert slot.refreshed is not None
+        return Attended(recipe.skipped.add(out, slot, step - slot.refreshed), density, False)
+    recipe.skipped.keep(slot, whole, (out, lse))
+    slot.refreshed = step
+    return Attended(whole[0], density, True)
+
+
+def _choose(
+    recipe: Recipe,
+    layout: TokenLayout,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    layer: int,
+    step: int,
+    slot: Slot,
+    refresh: bool,
+) -> tuple[Chosen, tuple[torch.Tensor, torch.Tensor] | None]:
+    """What a dynamic selection computes, and the whole call (out, lse) if one was needed to know it."""
+    selection = recipe.selection
+    assert isinstance(selection, Dynamic)
+    orders = selection.orders(layout, layer) or (recipe.order,)
+    call = Call(
+        layout=layout,
+        orders=orders,
+        tables=tuple(_table(order, layout, q.shape[1], q.device) for order in orders),
+        block_q=recipe.block_q,
+        block_k=recipe.block_k,
+        scale=scale,
+        layer=layer,
+        step=step,
+        slot=slot,
+        forced=_forced(layout, recipe.block_q, recipe.block_k, q.device),
+    )
+    if not refresh:
+        return selection.recall(call), None
+    chosen, whole = selection.choose(q, k, v, call), None
+    if chosen is None:
+        whole = _whole(recipe, layout, q, k, v, scale)
+        slot["lse"] = whole[1]
+        chosen = selection.choose(q, k, v, call)
+        assert chosen is not None
+    slot.refreshed = step
+    if recipe.schedule.keeps:
+        selection.keep(chosen, call)
+    return chosen, whole
+
+
+def _whole(
+    recipe: Recipe, layout: TokenLayout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = _plan(Rows(), Every(), layout, recipe.block_q, recipe.block_k, q.device, 1).blocks
+    return block_sparse_attention(q, k, v, blocks, scale=scale)
+
+
+def measured_density(blocks: BlockList, length: int) -> torch.Tensor:
+    """`BlockList.density` of a square call as a float64 scalar on the lists' device, which is not read back.
+
+    Args:
+        blocks: the lists.
+        length: tokens of the sequence.
+    """
+    key_blocks = -(-length // blocks.block_k)
+    # A row ascends, so its last entry tells whether it has the ragged block at the end of the sequence.
+    last = blocks.indices.gather(-1, blocks.counts[..., None].long() - 1).squeeze(-1)
+    width = blocks.counts.double() * blocks.block_k - (last == key_blocks - 1) * (key_blocks * blocks.block_k - length)
+    height = torch.full(width.shape[-1:], blocks.block_q, dtype=torch.float64, device=width.device)
+    height[-1] -= len(height) * blocks.block_q - length
+    return (width @ height).mean() / length**2

@@ -1,0 +1,83 @@
+"""What is known of a recipe before it runs: its density and what its layers will keep."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sparse_dit.calls import plan
+from sparse_dit.layout import TokenLayout
+from sparse_dit.recipe import Recipe
+from sparse_dit.selection import Dynamic, Every
+from sparse_dit.skipped import Reuse
+
+GIB = 2**30
+
+
+def is_dense(recipe: Recipe) -> bool:
+    """Whether a recipe asks for nothing but the model's own dense attention."""
+    return isinstance(recipe.selection, Every) and recipe.precision == "native"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a recipe before it runs.
+
+    Attributes:
+        density: computed tile area over full area of a sparse call; exact for static selections, for dynamic ones with
+            a budget to within the ragged end of the sequence; `None` when the content decides.
+        list_bytes: block lists and tables of token ids that all layers share; 0 for a dynamic selection.
+        kept_bytes: what all layers keep between steps, over all branches.
+    """
+
+    density: float | None
+    list_bytes: int
+    kept_bytes: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Both kinds of bytes."""
+        return self.list_bytes + self.kept_bytes
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises ValueError when layers would keep more than `recipe.state_limit`."""
+        if recipe.state_limit is not None and self.kept_bytes > recipe.state_limit * GIB:
+            raise ValueError(
+                f"state_limit: {recipe.state_limit} GiB, and the layers of recipe {recipe.name!r} would keep "
+                f"{self.kept_bytes / GIB:.3g} GiB between steps; valid: a higher limit, or a smaller video"
+            )
+
+
+def forecast(
+    recipe: Recipe, layout: TokenLayout, *, layers: int, branches: int, shape: Sequence[int], dtype: torch.dtype
+) -> Forecast:
+    """What is known of a recipe before it runs.
+
+    Args:
+        recipe: the method.
+        layout: the tokens of a call.
+        layers: self-attention layers; those that are dense in every step keep nothing.
+        branches: branches of classifier-free guidance that are computed one after the other.
+        shape: [B, H, S, D] of the queries.
+        dtype: of the queries.
+    """
+    if is_dense(recipe):
+        return Forecast(1.0, 0, 0)
+    batch, heads, _, head_size = shape
+    kept = 0
+    if isinstance(recipe.selection, Dynamic):
+        kept += recipe.selection.kept_bytes(
+            layout, recipe.block_q, recipe.block_k, batch=batch, heads=heads, keeps=recipe.schedule.keeps
+        )
+    if isinstance(recipe.skipped, Reuse):
+        kept += recipe.skipped.kept_bytes(
+            layout, batch=batch, heads=heads, head_size=head_size, itemsize=dtype.itemsize
+        )
+    sparse_layers = sum(layer not in recipe.schedule.dense_layers for layer in range(layers))
+    kept *= branches * sparse_layers
+    if isinstance(recipe.selection, Dynamic):
+        return Forecast(recipe.selection.expected_density(layout, recipe.block_q, recipe.block_k), 0, kept)
+    planned = plan(recipe, layout, torch.device("cpu"), heads)
+    lists = planned.blocks.indices.nbytes + planned.blocks.counts.nbytes
+    tables = 0 if planned.table is None else planned.table.nbytes
+    return Forecast(planned.density, lists + tables, kept)
