@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
+from sparse_dit.orders import Axes, Hilbert, Rows, Tiles
 from sparse_dit.recipe import Recipe, load_recipe, recipe_names
 from sparse_dit.schedule import Schedule
-from sparse_dit.selection import Every, Radial
+from sparse_dit.selection import Every, Gate, HeadTypes, Mass, Pooled, Radial, Window
+from sparse_dit.skipped import Drop, Reuse
 
 
 def test_the_shipped_recipes() -> None:
@@ -29,6 +31,58 @@ def test_a_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
     assert load_recipe(path) == load_recipe(str(path)) == Recipe.from_dict(recipe.to_dict()) == recipe
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_tells_where_it_comes_from(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.source
+    assert recipe.licence or name == "dense"
+    assert all("\n" not in text for text in (recipe.source, recipe.licence, recipe.note))
+
+
+#: Published defaults, from the papers and their repositories.
+PUBLISHED = {
+    "draft": (Tiles((1, 8, 16)), Pooled(density=0.25, per="head"), (0, 0.925, (0,)), (128, 128)),
+    "draft-hunyuan": (Tiles((1, 8, 16)), Pooled(density=0.1, per="head"), (0, 0.945, (0, 1)), (128, 128)),
+    "adaspa": (Rows(), Mass(density=0.2), (10, 1.0, ()), (64, 64)),
+    "svg": (Rows(), HeadTypes(kept=0.3), (10, 1.0, (0,)), (128, 128)),
+    "vmoba": (Rows(), Gate(threshold=0.25), (12, 1.0, ()), (64, 64)),
+    "re-ttention": (Rows(), Window(size=(0, 1, 42)), (15, 1.0, ()), (64, 64)),
+    "sparge": (Rows(), Pooled(density=0.5), (0, 1.0, ()), (128, 64)),
+    "sparge-cdf": (Rows(), Pooled(top_p=0.98, crossing=False, similarity=0.6), (0, 1.0, ()), (128, 64)),
+    "sage2": (Rows(), Every(), (0, 1.0, ()), (128, 64)),
+    "gna": (Tiles((4, 4, 8)), Window(size=(18, 24, 24), stride=(16, 8, 8)), (15, 1.0, ()), (128, 128)),
+    "jenga": (Hilbert(), Pooled(top_p=0.3, least=0.25, adjacent=True), (0, 1.0, ()), (128, 128)),
+    "sol": (Rows(), Pooled(tau=1.0), (0, 0.909, (0,)), (64, 64)),
+    "subblock": (Rows(), Pooled(density=0.25, sub_block=16, reduction="logsumexp"), (10, 1.0, ()), (64, 64)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_defaults(name: str) -> None:
+    recipe = load_recipe(name)
+    schedule = recipe.schedule
+    dense = (schedule.dense_steps, schedule.dense_above, schedule.dense_layers)
+    assert (recipe.order, recipe.selection, dense, (recipe.block_q, recipe.block_k)) == PUBLISHED[name]
+
+
+def test_presets_that_keep_something_refresh_as_published() -> None:
+    assert load_recipe("adaspa").schedule.refresh_steps == (10, 30)
+    re_ttention = load_recipe("re-ttention")
+    assert (re_ttention.schedule.refresh_every, re_ttention.skipped) == (5, Reuse(ramp=0.04))
+    assert load_recipe("ditfastattn").skipped == Reuse(ratio=False)
+    assert load_recipe("sage").precision == "int8"
+    assert load_recipe("sparge").precision == "int8_fp8"
+
+
+def test_rows_of_results_keep_their_identity() -> None:
+    """What identifies a row of earlier results is the recipe in plain values."""
+    assert list(load_recipe("tiny-radial").to_dict()) == [
+        "name", "order", "selection", "schedule", "precision", "skipped", "block_q", "block_k", "source", "licence",
+    ]  # fmt: skip
+    assert load_recipe("tiny-radial").to_dict()["skipped"] == "drop"
+    assert set(load_recipe("tiny-radial").to_dict()["schedule"]) == {"dense_steps", "dense_above", "dense_layers"}
+
+
 def test_a_density_survives_yaml() -> None:
     recipe = Recipe(selection=Radial(density=0.25))
     assert "decay" not in recipe.to_dict()["selection"]
@@ -43,6 +97,23 @@ def test_loading_takes_mappings_and_recipes() -> None:
     assert load_recipe({"selection": "all"}).selection == Every()
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(order=Axes("hwt"), selection=Pooled(top_p=0.5)),
+        Recipe(order=Axes(("hwt", "thw")), selection=Pooled(tau=-0.5, adjacent=True)),
+        Recipe(selection=Window(size=((0, 3, 3), (2, 0, 0)))),
+        Recipe(selection=Window(size=(4, 5, 6))),
+        Recipe(selection=Mass(), schedule=Schedule(refresh_steps=(2, 4)), skipped=Reuse(ratio=False), state_limit=2.5),
+        Recipe(selection=HeadTypes(width=64), note="a note"),
+    ],
+)
+def test_choices_of_all_kinds_survive_yaml(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
 def test_overrides_by_dotted_names() -> None:
     radial = load_recipe("radial")
     changed = radial.override({"selection.density": 0.3, "block_q": 64, "schedule.dense_steps": 0})
@@ -53,6 +124,12 @@ def test_overrides_by_dotted_names() -> None:
     assert changed.override({"selection.name": "all"}).selection == Every()
     assert load_recipe("dense").override({"selection.decay": 0.4, "selection.name": "radial"}).selection == Radial(0.4)
     assert radial.selection == Radial()
+    sol = load_recipe("sol").override({"selection.density": 0.5, "schedule.refresh_steps": [3]})
+    assert sol.selection == Pooled(density=0.5)
+    assert sol.override({"schedule.refresh_every": 2}).schedule.refresh_steps is None
+    assert load_recipe("re-ttention").override({"skipped.ramp": 0.1}).skipped == Reuse(ramp=0.1)
+    assert load_recipe("re-ttention").override({"skipped": "drop"}).skipped == Drop()
+    assert sol.override({"state_limit": 4}).to_dict()["state_limit"] == 4.0
 
 
 @pytest.mark.parametrize(
@@ -61,14 +138,14 @@ def test_overrides_by_dotted_names() -> None:
         ({"blok_q": 64}, r"recipe: unknown field 'blok_q'; did you mean 'block_q'\? valid: name, order"),
         ({"block_q": 48}, r"block_q: 48; valid: 16, 32, 64, 128$"),
         ({"block_k": "64"}, r"block_k: '64'; valid: a whole number$"),
-        ({"precision": "int3"}, r"precision: 'int3'; valid: native$"),
-        ({"skipped": "sumary"}, r"skipped: 'sumary'; valid: drop$"),
-        ({"order": "row"}, r"order.name: unknown name 'row'; did you mean 'rows'\? valid: rows$"),
+        ({"precision": "int3"}, r"precision: 'int3'; valid: native, int8, int8_fp8$"),
+        ({"skipped": "sumary"}, r"skipped.name: unknown name 'sumary'; valid: drop, reuse$"),
+        ({"order": "row"}, r"order.name: unknown name 'row'; did you mean 'rows'\? valid: rows, "),
         (
             {"selection": "radail"},
-            r"selection.name: unknown name 'radail'; did you mean 'radial'\? valid: all, radial$",
+            r"selection.name: unknown name 'radail'; did you mean 'radial'\? valid: all, radial, ",
         ),
-        ({"selection": {"decay": 0.2}}, r"selection.name: unknown name None; valid: all, radial$"),
+        ({"selection": {"decay": 0.2}}, r"selection.name: unknown name None; valid: all, radial, "),
         (
             {"selection": {"name": "radial", "decy": 1.0}},
             r"selection: unknown field 'decy'; did you mean 'decay'\? valid: decay, density, sink_frames",
@@ -86,6 +163,46 @@ def test_overrides_by_dotted_names() -> None:
         ({"schedule": {"dense_layers": ["a"]}}, r"schedule.dense_layers: 'a'; valid: a whole number$"),
         ({"schedule": {"dense_stepz": 3}}, r"schedule: unknown field 'dense_stepz'; did you mean 'dense_steps'\?"),
         ({"schedule": {"dense_steps": 2.5}}, r"schedule.dense_steps: 2.5; valid: a whole number$"),
+        (
+            {"schedule": {"refresh_every": 2, "refresh_steps": [3]}},
+            r"schedule: refresh_every and refresh_steps exclude each other; valid: one of them$",
+        ),
+        (
+            {"selection": {"name": "pooled", "tau": 1.0, "density": 0.3}},
+            r"selection: density and tau exclude each other; valid: one of them$",
+        ),
+        (
+            {"selection": {"name": "pooled", "tau": 1.0, "per": "head"}},
+            r"selection.per: 'head'; valid: row, unless density is the rule$",
+        ),
+        (
+            {"order": "hilbert", "selection": "radial"},
+            r"order: 'hilbert' with selection 'radial'; its band counts tokens inside frames; valid: rows$",
+        ),
+        (
+            {"order": "tiles", "selection": "band"},
+            r"order: 'tiles' with selection 'band'; it is the band of a spatial or .*; valid: rows, time_major$",
+        ),
+        (
+            {"order": "time_major", "selection": "head_types"},
+            r"order: 'time_major' with selection 'head_types'; it finds the order of each head itself; valid: rows$",
+        ),
+        (
+            {"order": "tiles", "selection": "gate"},
+            r"order: 'tiles' with selection 'gate'; it partitions the grid itself, by layer; valid: rows$",
+        ),
+        (
+            {"selection": {"name": "pooled", "sub_block": 24}},
+            r"selection.sub_block: 24 with blocks of 64 x 64; valid: a divisor of both$",
+        ),
+        ({"selection": "all", "skipped": "reuse"}, r"skipped: 'reuse' with selection 'all', which skips nothing"),
+        (
+            {"selection": "radial", "skipped": "reuse"},
+            r"skipped: 'reuse' with a refresh in every step, .*; valid: schedule.refresh_every above 1, or ",
+        ),
+        ({"skipped": {"name": "reuse", "ramp": -1.0}}, r"skipped.ramp: -1.0; valid: 0 or a positive number$"),
+        ({"state_limit": -1}, r"state_limit: -1.0; valid: 0 or more GiB, or none$"),
+        ({"order": {"name": "axes", "axes": 3}}, r"order.axes: 3; valid: text$"),
     ],
 )
 def test_bad_fields_are_refused_in_one_line(mapping: dict[str, Any], message: str) -> None:
