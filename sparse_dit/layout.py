@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -49,3 +51,25 @@ class TokenLayout:
     def length(self) -> int:
         """All tokens of the sequence, text included."""
         return self.text_before + self.video_tokens + self.text_after
+
+
+def block_spans(length: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First token, and one past the last token, of each block of `block` tokens; int64 [blocks] on the CPU."""
+    first = torch.arange(0, length, block)
+    return first, (first + block).clamp(max=length)
+
+
+def text_blocks(layout: TokenLayout, block_q: int, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks that hold a text token. No order moves text, so that they are the same in every order.
+
+    Args:
+        layout: the tokens of the call.
+        block_q: query tokens of a block.
+        block_k: key tokens of a block.
+
+    Returns:
+        bool [QB] of query blocks and bool [KB] of key blocks, on the CPU.
+    """
+    text_end, text_start = layout.text_before, layout.length - layout.text_after
+    query, key = (block_spans(layout.length, block) for block in (block_q, block_k))
+    return (query[0] < text_end) | (query[1] > text_start), (key[0] < text_end) | (key[1] > text_start)

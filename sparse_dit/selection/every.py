@@ -15,6 +15,8 @@ class Every:
     With native precision this is dense attention, so the engine gives it to the model's own dense backend.
     """
 
-    def select(self, layout: TokenLayout, block_q: int, block_k: int) -> torch.Tensor:
+    def select(
+        self, layout: TokenLayout, block_q: int, block_k: int, table: torch.Tensor | None = None, heads: int = 1
+    ) -> torch.Tensor:
         """See `Selection.select`."""
         return torch.ones(1, math.ceil(layout.length / block_q), math.ceil(layout.length / block_k), dtype=torch.bool)

@@ -22,8 +22,9 @@ from typing import ClassVar
 
 import torch
 
-from sparse_dit.layout import TokenLayout
+from sparse_dit.layout import TokenLayout, block_spans
 from sparse_dit.selection.every import Every
+from sparse_dit.selection.regions import add_text, mask_density
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ class Radial:
             if not holds:
                 raise ValueError(f"selection.{name}: {getattr(self, name)!r}; valid: {valid}")
 
-    def select(self, layout: TokenLayout, block_q: int, block_k: int) -> torch.Tensor:
-        """See `Selection.select`; one mask for all heads, [1, QB, KB]."""
+    def select(
+        self, layout: TokenLayout, block_q: int, block_k: int, table: torch.Tensor | None = None, heads: int = 1
+    ) -> torch.Tensor:
+        """See `Selection.select`; one mask for all heads, [1, QB, KB]; positions count, not tokens."""
         if self.density == 1.0:
             return Every().select(layout, block_q, block_k)
         return _cached_mask(self.solve(layout, block_q, block_k), layout, block_q, block_k)
@@ -172,23 +175,9 @@ def _keeps(
 
 def _always(layout: TokenLayout, block_q: int, block_k: int) -> torch.Tensor:
     """Blocks that rule 5 keeps whatever the band says: a block's own tokens, and text, bool [QB, KB]."""
-    query = _spans(layout.length, block_q)
-    key = _spans(layout.length, block_k)
-    mask = (query[0][:, None] < key[1]) & (key[0] < query[1][:, None])
-    text_end, text_start = layout.text_before, layout.length - layout.text_after
-    holds_text = [(first < text_end) | (last > text_start) for first, last in (query, key)]
-    return mask | holds_text[0][:, None] | holds_text[1]
-
-
-def _spans(length: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """First token and one past the last token of each block."""
-    first = torch.arange(0, length, block)
-    return first, (first + block).clamp(max=length)
-
-
-def _density(mask: torch.Tensor, layout: TokenLayout, block_q: int, block_k: int) -> float:
-    query, key = ((last - first).double() for first, last in (_spans(layout.length, b) for b in (block_q, block_k)))
-    return float(query @ mask[0].double() @ key) / layout.length**2
+    query, key = (block_spans(layout.length, block) for block in (block_q, block_k))
+    own = (query[0][:, None] < key[1]) & (key[0] < query[1][:, None])
+    return add_text(own[None], layout, block_q, block_k)[0]
 
 
 @functools.lru_cache(maxsize=64)
@@ -203,7 +192,7 @@ def _solve(settings: Radial, layout: TokenLayout, block_q: int, block_k: int) ->
 
     def density(rung: Radial, index: int) -> float:
         mask = _mask(replace(rung, decay=decays[index]), layout, block_q, block_k)
-        return _density(mask, layout, block_q, block_k)
+        return mask_density(mask, layout, block_q, block_k)
 
     rungs = _ladder(settings)
     rung = next((rung for rung in rungs if density(rung, 0) <= target), rungs[-1])
