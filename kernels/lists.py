@@ -94,7 +94,8 @@ def top_k_lists(
         block_q: query tokens a block.
         block_k: key tokens a block.
         forced: bool [B or 1, H or 1, QB or 1, KB], blocks listed whatever their score.
-        per: "row", or "head": one budget for all rows of a head, where every row also lists its best block.
+        per: "row", or "head": one budget for all rows of a head, of which a row may take none: it lists its best block
+            then all the same.
 
     Returns:
         A BlockList on the device of scores, `keep` wide where that is an int per row without forced blocks, else KB.
@@ -121,7 +122,7 @@ def top_k_lists(
         budget = min(keep, k_blocks)
         capacity = min(keep, k_blocks) if per == "row" and forced is None else k_blocks
     if per == "head":
-        return _compact(_best_of_head(scores, budget, forced), capacity, block_q, block_k)
+        budget = _budget_of_head(scores, budget, forced)
     if scores.is_cuda:
         return _triton_lists("top_k", scores, capacity, block_q, block_k, budget, forced)
     return _compact(_best(scores, _columns(budget), forced), capacity, block_q, block_k)
@@ -295,11 +296,27 @@ def _best(scores: Tensor, budget: float | Tensor, forced: Tensor | None) -> Tens
     return mask if forced is None else mask | forced
 
 
-def _best_of_head(scores: Tensor, budget: int | Tensor, forced: Tensor | None) -> Tensor:
-    """Marks the `budget` * QB highest of each head's matrix, the highest of every row, and the forced."""
-    flat = None if forced is None else forced.expand(scores.shape).flatten(2)
-    mask = _best(scores.flatten(2), budget * scores.shape[2], flat).view(scores.shape)
-    return mask.scatter_(-1, scores.argmax(dim=-1, keepdim=True), True)
+def _budget_of_head(scores: Tensor, keep: int | Tensor, forced: Tensor | None) -> Tensor:
+    """How many of the `keep` (an int or [H, 1]) * QB best blocks of a head lie in each row [B, H, QB], at least 1."""
+    whole = keep.squeeze(-1) * scores.shape[2] if isinstance(keep, Tensor) else keep * scores.shape[2]
+    free = scores.float() if forced is None else scores.float().masked_fill(forced, -torch.inf)
+    kth = _kth(free.flatten(2).contiguous(), whole)[..., None, None]
+    equal = free == kth if forced is None else (free == kth) & ~forced
+    # What the blocks above the last value leave of the budget goes to those that equal it, from the first row on.
+    above, ties = (free > kth).sum(dim=-1), equal.sum(dim=-1)
+    left = (whole[:, None] if isinstance(whole, Tensor) else whole) - above.sum(dim=-1, keepdim=True)
+    return (above + (left - (ties.cumsum(dim=-1) - ties)).clamp(min=0).minimum(ties)).clamp(min=1)
+
+
+def _kth(scores: Tensor, k: int | Tensor) -> Tensor:
+    """The k-th largest (k an int or [H]) of [B, H, N]: [B, H]."""
+    if scores.is_cuda:
+        from sparse_dit.kernels.lists_triton import triton_kth
+
+        return triton_kth(scores, k)
+    ordered = scores.sort(dim=-1, descending=True).values
+    place = k - 1 if isinstance(k, Tensor) else torch.full(scores.shape[1:2], k - 1, device=scores.device)
+    return ordered.gather(-1, place.long()[None, :, None].expand(len(scores), -1, 1)).squeeze(-1)
 
 
 def _per_head(value: float | Tensor, scores: Tensor, name: str) -> Tensor | float:

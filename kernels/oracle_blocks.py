@@ -69,12 +69,14 @@ def oracle_top_k(scores: list[float], keep: int, forced: list[bool]) -> list[int
 
 
 def oracle_top_k_per_head(scores: list[list[float]], keep: int, forced: list[list[bool]]) -> list[list[int]]:
-    """The same for the `keep` * rows best of all rows together; every row also has its best entry."""
+    """The same for the `keep` * rows best of all rows together; every row has its best one in any case."""
     width = len(scores[0])
     flat = [score for row in scores for score in row]
     chosen = set(oracle_top_k(flat, keep * len(scores), [entry for row in forced for entry in row]))
-    chosen |= {number * width + _best_first(row, list(range(width)))[0] for number, row in enumerate(scores)}
-    return [[index % width for index in sorted(chosen) if index // width == number] for number in range(len(scores))]
+    rows = [[index % width for index in sorted(chosen) if index // width == number] for number in range(len(scores))]
+    return [
+        sorted({*listed, *oracle_top_k(row, 1, must)}) for listed, row, must in zip(rows, scores, forced, strict=True)
+    ]
 
 
 def oracle_top_p(probabilities: list[float], p: float, crossing: bool, at_least: int, forced: list[bool]) -> list[int]:

@@ -77,6 +77,9 @@ def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], dict[str, str],
             "budget": "i32" if counted else "fp32",
         }
         yield lists_triton.select_kernel, fixed, types, lists_triton.warps_for(k_blocks), 3
+    fixed = {"PER_HEAD": True, "CHUNK": lists_triton.KTH_CHUNK}
+    types = {"p_scores": "*fp32", "p_kth": "*fp32", "p_budget": "*i64"}
+    yield lists_triton.kth_kernel, fixed, types, lists_triton.KTH_WARPS, 3
 
 
 def main(target_name: str) -> None:
