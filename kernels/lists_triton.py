@@ -114,7 +114,7 @@ def select_kernel(
 ):
     """Selects key blocks of one row by RULE and writes their indices, ascending, and their count.
 
-    Floor: the scores once and the lists once, 6 + 2 MB for 12 heads of 256 x 512 blocks at density 0.3; the search takes
+    Floor: scores and lists once, 6 + 2 MB for 12 heads of 256 x 512 blocks at density 0.3; the search takes
     32 comparisons and additions a score.
     """
     i_row, i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
