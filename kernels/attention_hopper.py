@@ -1,0 +1,383 @@
+"""Gluon: attention along a block list on sm_90, in 16 bits and on quantized codes. The contract of `attention`.
+
+One program computes 128 queries of one head. A producer warp walks the list and has the tensor memory accelerator
+(TMA) copy the listed blocks of K and V into a ring of shared memory, 128 keys a stage; two warpgroups of 64 queries
+each consume them. The score product of a tile and the value product of the tile before are in flight together, and the
+softmax of a tile runs while the latter finishes.
+
+Blocks of fewer than 128 keys fill a stage in PARTS, so that every product is 128 keys wide whatever the list's blocks.
+Rows are launched from both ends of the sequence inwards: text, whose rows are the longest, starts first in its head.
+
+Names as in `attention`; `d_` is a TMA descriptor, `full` and `empty` are barriers, `wg` a consumer warpgroup. Layouts:
+scores are [64, 128] as the matrix unit leaves them, and seen as [64, PARTS, keys a part] where parts have scales.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sparse_dit.kernels.quantize import GROUP
+
+SCALE_GROUP = gl.constexpr(GROUP)
+# Triton 3.6 has other names than its successors for this and for the next.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+@builtin
+def seen_as(memory, dtype, shape, layout, _semantic=None):
+    """The same bytes of shared memory in another shape."""
+    dtype, layout = (getattr(value, "value", value) for value in (dtype, layout))
+    return _semantic.memdesc_reinterpret(memory, dtype, [getattr(size, "value", size) for size in shape], layout)
+
+
+@gluon.jit
+def _copy_block(d_x, i_b, i_h, start, full, b_x, part):
+    """One block of 16-bit rows, or of codes, into its part of a stage [1, 1, TILE, columns], a panel at a time."""
+    BLOCK_K: gl.constexpr = d_x.block_shape[2]
+    WIDTH: gl.constexpr = d_x.block_shape[3]
+    PANELS: gl.constexpr = b_x.shape[3] // WIDTH
+    panels = seen_as(b_x, b_x.dtype, [PANELS, 1, 1, b_x.shape[2], WIDTH], d_x.layout)
+    for panel in gl.static_range(PANELS):
+        b_part = panels.index(panel).slice(part * BLOCK_K, BLOCK_K, 2)
+        tma_load(d_x, [i_b, i_h, start, panel * WIDTH], full, b_part)
+
+
+@gluon.jit
+def _load_tiles(tiles, rings, p_indices, i_index, blocks, i_b, i_h, PARTS: gl.constexpr):
+    """The producer: copies the listed blocks, the last ones first, as stages become free."""
+    d_k, d_v, b_k, b_v = tiles
+    _, k_full, k_empty, v_full, v_empty = rings
+    STAGES: gl.constexpr = b_k.shape[0]
+    BLOCK_K: gl.constexpr = d_k.block_shape[2]
+    K_BYTES: gl.constexpr = b_k.shape[3] * b_k.shape[4] * b_k.dtype.primitive_bitwidth // 8
+    V_BYTES: gl.constexpr = b_v.numel // STAGES * b_v.dtype.primitive_bitwidth // 8
+    FP8: gl.constexpr = b_v.dtype.primitive_bitwidth == 8
+    count = gl.cdiv(blocks, PARTS)
+    for i_tile in range(count):
+        stage = i_tile % STAGES
+        phase = (i_tile // STAGES) & 1
+        first = (count - 1 - i_tile) * PARTS
+        mbarrier.wait(k_empty.index(stage), phase ^ 1)
+        mbarrier.expect(k_full.index(stage), K_BYTES)
+        for part in gl.static_range(PARTS):
+            # A stage that the list does not fill takes its last block again; those scores are masked.
+            start = gl.load(p_indices + gl.minimum(first + part, blocks - 1) * i_index) * BLOCK_K
+            _copy_block(d_k, i_b, i_h, start, k_full.index(stage), b_k.index(stage), part)
+        mbarrier.wait(v_empty.index(stage), phase ^ 1)
+        mbarrier.expect(v_full.index(stage), V_BYTES)
+        for part in gl.static_range(PARTS):
+            start = gl.load(p_indices + gl.minimum(first + part, blocks - 1) * i_index) * BLOCK_K
+            if FP8:
+                b_part = b_v.index(stage * PARTS + part)
+                tma_load(d_v, [i_b, i_h, 0, start], v_full.index(stage), b_part)
+            else:
+                _copy_block(d_v, i_b, i_h, start, v_full.index(stage), b_v.index(stage), part)
+
+
+@gluon.jit
+def _scores(b_q, b_k, stage, CODES: gl.constexpr, zero):
+    """Starts q k^T of a stage, [64, TILE]."""
+    b_k_rows = seen_as(b_k.index(stage), b_k.dtype, [zero.shape[1], CODES], b_q.layout)
+    return warpgroup_mma(b_q, b_k_rows.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _fp8_operand(b_p, layout: gl.constexpr):
+    """Weights [64, keys] as the E4M3 operand of the value product.
+
+    Of 16 columns a thread holds {2t, 2t+1, 8+2t, 9+2t} and must hold {4t .. 4t+3}: columns are renamed, and the values
+    lie in the same order (`quantize.Quantized`), so that no register moves between threads. Four are packed at once:
+    Triton's own conversion takes the bytes apart again.
+    """
+    KEYS: gl.constexpr = b_p.shape[1]
+    b_p = b_p.reshape([64, KEYS // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, KEYS])
+    return gl.inline_asm_elementwise(
+        """
+        {
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+        }
+        """,
+        "=r,f,f,f,f",
+        [gl.convert_layout(b_p, layout, assert_trivial=True)],
+        gl.float8e4nv,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def _weigh(b_p, b_v, stage, b_acc, PARTS: gl.constexpr, V_LAYOUT: gl.constexpr, dtype: gl.constexpr):
+    """Starts acc + p v of a stage, in one product, or in two for FP8 values in two parts."""
+    FP8: gl.constexpr = b_v.dtype.primitive_bitwidth == 8
+    operand: gl.constexpr = gl.DotOperandLayout(0, b_acc.type.layout, 4 if FP8 else 2)
+    TILE_K: gl.constexpr = b_p.shape[1]
+    D: gl.constexpr = b_acc.shape[1]
+    if not FP8:
+        b_v_rows = seen_as(b_v.index(stage), b_v.dtype, [TILE_K, D], V_LAYOUT)
+        return warpgroup_mma(gl.convert_layout(b_p.to(dtype), operand), b_v_rows, b_acc, is_async=True)
+    elif PARTS == 1:
+        b_v_rows = b_v.index(stage).reshape([D, TILE_K]).permute((1, 0))
+        return warpgroup_mma(_fp8_operand(b_p, operand), b_v_rows, b_acc, is_async=True)
+    else:
+        b_left, b_right = gl.split(b_p.reshape([64, 2, TILE_K // 2]).permute((0, 2, 1)))
+        b_v_left = b_v.index(stage * 2).reshape([D, TILE_K // 2]).permute((1, 0))
+        b_v_right = b_v.index(stage * 2 + 1).reshape([D, TILE_K // 2]).permute((1, 0))
+        b_acc = warpgroup_mma(_fp8_operand(b_left, operand), b_v_left, b_acc, is_async=True)
+        return warpgroup_mma(_fp8_operand(b_right, operand), b_v_right, b_acc, is_async=True)
+
+
+@gluon.jit
+def _softmax(b_s, b_max, b_sum, scale):
+    """Online softmax over a tile [64, keys]: weights 2^(s scale - max'), max', sum' and what decays the past."""
+    b_new_max = gl.maximum(b_max, gl.max(b_s, 1) * scale)  # [64]
+    b_p = gl.exp2(b_s * scale - gl.expand_dims(b_new_max, 1))
+    b_decay = gl.exp2(b_max - b_new_max)
+    return b_p, b_new_max, b_sum * b_decay + gl.sum(b_p, 1), b_decay
+
+
+@gluon.jit
+def _softmax_of_parts(b_s, b_max, b_sum, b_factor, b_lift):
+    """The same over [64, parts, keys], scores times factor [64, parts], weights times 2^lift but in the sum."""
+    b_new_max = gl.maximum(b_max, gl.max(gl.max(b_s, 2) * b_factor, 1))  # [64]
+    b_zero = gl.expand_dims(b_new_max, 1) - gl.expand_dims(b_lift, 0)  # [64, parts]
+    b_p = gl.exp2(b_s * gl.expand_dims(b_factor, 2) - gl.expand_dims(b_zero, 2))
+    b_decay = gl.exp2(b_max - b_new_max)
+    b_part_sum = gl.sum(b_p, 2) * gl.expand_dims(gl.exp2(-b_lift), 0)  # [64, parts]
+    return b_p, b_new_max, b_sum * b_decay + gl.sum(b_part_sum, 1), b_decay
+
+
+@gluon.jit
+def _scales_of_parts(p_k_scale, p_v_scale, v_scale_top, p_indices, i_index, blocks, i_part, b_q_scale, PER_GROUP, FP8):
+    """factor and lift of the parts of a tile, see `_softmax_of_parts`; i_part [parts] are positions in the list."""
+    i_part = gl.maximum(gl.minimum(i_part, blocks - 1), 0)
+    group = gl.load(p_indices + i_part * i_index) // PER_GROUP
+    b_factor = gl.expand_dims(b_q_scale, 1) * gl.expand_dims(gl.load(p_k_scale + group), 0)
+    b_lift = gl.zeros_like(group.to(gl.float32))
+    if FP8:
+        # The largest weight is 2^8 and meets the values of the largest scale: E4M3 ends at 448.
+        b_lift = 8.0 + gl.log2(gl.load(p_v_scale + group) / v_scale_top)
+    return b_factor, b_lift
+
+
+@gluon.jit
+def _attend(tiles, rings, turns, lists, scales, ends, wg: gl.constexpr, PARTS: gl.constexpr, ORDERED: gl.constexpr):
+    """A consumer: 64 queries over all tiles of the list, the last tile first, the only one that needs a mask."""
+    b_queries, b_k, b_v, b_out = tiles
+    q_full, k_full, k_empty, v_full, v_empty = rings
+    p_indices, i_index, blocks, valid = lists
+    p_q_scale, p_k_scale, p_v_scale, v_scale_top, scale = scales
+    p_out, out_token, p_lse, p_lse_shift, p_v_mean, p_order, first_row, seq_q, head_size = ends
+    STAGES: gl.constexpr = b_k.shape[0]
+    TILE_K: gl.constexpr = b_k.shape[3]
+    D: gl.constexpr = b_out.shape[2]
+    CODES: gl.constexpr = b_queries.shape[4]
+    QUANTIZED: gl.constexpr = b_k.dtype.primitive_bitwidth == 8
+    FP8: gl.constexpr = b_v.dtype.primitive_bitwidth == 8
+    dtype: gl.constexpr = b_out.dtype
+    PER_GROUP: gl.constexpr = SCALE_GROUP // (TILE_K // PARTS)
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 32 if QUANTIZED else 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if FP8 else 16])
+    v_layout: gl.constexpr = b_out.layout
+    VALUE_PRODUCTS: gl.constexpr = PARTS if FP8 else 1
+
+    b_zero_s = gl.zeros([64, TILE_K], gl.int32 if QUANTIZED else gl.float32, s_layout)
+    b_parts = b_zero_s.reshape([64, PARTS, TILE_K // PARTS])
+    part_layout: gl.constexpr = gl.SliceLayout(2, b_parts.type.layout)
+    row_layout: gl.constexpr = gl.SliceLayout(1, part_layout if QUANTIZED else s_layout)
+    b_acc = gl.zeros([64, D], gl.float32, acc_layout)
+    b_max = gl.full([64], -float("inf"), gl.float32, row_layout)
+    b_sum = gl.zeros([64], gl.float32, row_layout)
+    o_row = first_row + wg * 64 + gl.arange(0, 64, row_layout)
+    o_part = gl.arange(0, PARTS, gl.SliceLayout(0, part_layout))
+    count = gl.cdiv(blocks, PARTS)
+
+    b_q = b_queries.index(wg).reshape([64, CODES])
+    mbarrier.wait(q_full, 0)
+    mbarrier.wait(k_full.index(0), 0)
+    b_s = _scores(b_q, b_k, 0, CODES, b_zero_s)
+    if QUANTIZED:
+        b_q_scale = gl.load(p_q_scale + o_row, mask=o_row < seq_q, other=0.0)
+        b_factor, b_lift = _scales_of_parts(
+            p_k_scale, p_v_scale, v_scale_top, p_indices, i_index, blocks, (count - 1) * PARTS + o_part, b_q_scale,
+            PER_GROUP, FP8,
+        )  # fmt: skip
+    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    mbarrier.arrive(k_empty.index(0), count=1)
+    o_key = gl.arange(0, TILE_K, gl.SliceLayout(0, s_layout))
+    b_s = gl.where(gl.expand_dims(o_key < valid, 0), b_s.to(gl.float32), -float("inf"))
+    if QUANTIZED:
+        b_s = b_s.reshape([64, PARTS, TILE_K // PARTS])
+        b_p, b_max, b_sum, b_decay = _softmax_of_parts(b_s, b_max, b_sum, b_factor, b_lift)
+        b_factor, b_lift = _scales_of_parts(
+            p_k_scale, p_v_scale, v_scale_top, p_indices, i_index, blocks, (count - 2) * PARTS + o_part, b_q_scale,
+            PER_GROUP, FP8,
+        )  # fmt: skip
+    else:
+        b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale)
+    mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=count > 1)
+    for i_tile in range(1, count):
+        stage = i_tile % STAGES
+        before = (i_tile - 1) % STAGES
+        if not QUANTIZED:
+            mbarrier.wait(turns.index(wg), (i_tile - 1) & 1)
+        b_s = _scores(b_q, b_k, stage, CODES, b_zero_s)
+        mbarrier.wait(v_full.index(before), ((i_tile - 1) // STAGES) & 1)
+        b_p = gl.convert_layout(b_p.reshape([64, TILE_K]), s_layout, assert_trivial=True)
+        b_acc = _weigh(b_p, b_v, before, b_acc, PARTS, v_layout, dtype)
+        if not QUANTIZED:
+            mbarrier.arrive(turns.index(1 - wg), count=1)
+        b_s = warpgroup_mma_wait(VALUE_PRODUCTS, deps=[b_s])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        if QUANTIZED:
+            b_s = b_s.to(gl.float32).reshape([64, PARTS, TILE_K // PARTS])
+            b_p, b_max, b_sum, b_decay = _softmax_of_parts(b_s, b_max, b_sum, b_factor, b_lift)
+            b_factor, b_lift = _scales_of_parts(
+                p_k_scale, p_v_scale, v_scale_top, p_indices, i_index, blocks, (count - 2 - i_tile) * PARTS + o_part,
+                b_q_scale, PER_GROUP, FP8,
+            )  # fmt: skip
+        else:
+            b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale)
+        # Waiting for the next keys before the value product keeps the assembler from moving that wait up in front of
+        # the softmax, which would then overlap with nothing.
+        after = i_tile + 1
+        mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=after < count)
+        b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+        mbarrier.arrive(v_empty.index(before), count=1)
+        b_acc = b_acc * gl.convert_layout(gl.expand_dims(b_decay, 1), acc_layout)
+    last = (count - 1) % STAGES
+    mbarrier.wait(v_full.index(last), ((count - 1) // STAGES) & 1)
+    b_p = gl.convert_layout(b_p.reshape([64, TILE_K]), s_layout, assert_trivial=True)
+    b_acc = warpgroup_mma_wait(0, deps=[_weigh(b_p, b_v, last, b_acc, PARTS, v_layout, dtype)])
+
+    LN_2: gl.constexpr = 0.6931471805599453
+    b_lse = (b_max + gl.log2(b_sum)) * LN_2
+    if FP8:
+        b_sum = b_sum * (256.0 / v_scale_top)
+    b_result = b_acc / gl.convert_layout(gl.expand_dims(b_sum, 1), acc_layout)
+    if FP8:
+        o_mean = gl.arange(0, D, gl.SliceLayout(0, acc_layout))
+        b_result += gl.expand_dims(gl.load(p_v_mean + o_mean, mask=o_mean < head_size, other=0.0), 0)
+    if QUANTIZED:
+        b_lse += gl.load(p_lse_shift + o_row, mask=o_row < seq_q, other=0.0)
+    gl.store(p_lse + _tokens(p_order, o_row, seq_q, ORDERED), b_lse, mask=o_row < seq_q)
+    # Through shared memory, so that rows are stored in pieces of 16 bytes, each to its token.
+    b_out.index(wg).store(b_result.to(dtype))
+    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+    b_rows = b_out.index(wg).load(store_layout)
+    o_row = first_row + wg * 64 + gl.arange(0, 64, gl.SliceLayout(1, store_layout))
+    o_token = _tokens(p_order, o_row, seq_q, ORDERED)
+    o_dim = gl.arange(0, D, gl.SliceLayout(0, store_layout))
+    p_rows = p_out + gl.expand_dims(o_token.to(gl.int64) * out_token, 1) + gl.expand_dims(o_dim, 0)
+    gl.store(p_rows, b_rows, mask=gl.expand_dims(o_row < seq_q, 1) & gl.expand_dims(o_dim < head_size, 0))
+
+
+@gluon.jit
+def _tokens(p_order, o_row, seq_q, ORDERED: gl.constexpr):
+    if ORDERED:
+        return gl.load(p_order + o_row, mask=o_row < seq_q, other=0)
+    else:
+        return o_row.to(gl.int64)
+
+
+@gluon.jit
+def hopper_forward_kernel(
+    d_q, d_k, d_v, p_q_scale, p_lse_shift, p_k_scale, p_v_scale, p_v_scale_top, p_v_mean, p_order, p_out, p_lse,
+    p_indices, p_counts, order_head, out_batch, out_head, out_token,
+    i_batch, i_head, i_row, i_index, c_batch, c_head, c_row,
+    heads, query_blocks, seq_q, seq_k, groups, head_size, scale,
+    ORDERED: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """out_i = sum_j 2^(s_ij - l_i) v_j, l_i = log2 sum_j 2^s_ij, j over the listed blocks.
+
+    s = q.k scale log2(e) in 16 bits; on codes it is told by `quantize.Quantized`.
+    """
+    program = gl.program_id(0)
+    i_bh = program // query_blocks
+    i_h, i_b = i_bh % heads, i_bh // heads
+    inwards = program % query_blocks // 2
+    i_block = gl.where(program % query_blocks % 2 == 0, query_blocks - 1 - inwards, inwards)
+    BLOCK_K: gl.constexpr = d_v.block_shape[3] if d_v.dtype.primitive_bitwidth == 8 else d_v.block_shape[2]
+    TILE_K: gl.constexpr = 128
+    PARTS: gl.constexpr = TILE_K // BLOCK_K
+    QUANTIZED: gl.constexpr = d_q.dtype.primitive_bitwidth == 8
+    FP8: gl.constexpr = d_v.dtype.primitive_bitwidth == 8
+    CODES: gl.constexpr = d_q.block_shape[3]
+    dtype: gl.constexpr = p_out.dtype.element_ty
+    first_row = i_block * 128
+
+    far_h, far_b, far_bh = i_h.to(gl.int64), i_b.to(gl.int64), i_bh.to(gl.int64)
+    blocks = gl.load(p_counts + far_b * c_batch + far_h * c_head + i_block * c_row)
+    p_indices += far_b * i_batch + far_h * i_head + i_block.to(gl.int64) * i_row
+    p_out += far_b * out_batch + far_h * out_head
+    p_lse += far_bh * seq_q
+    v_scale_top = scale
+    if QUANTIZED:
+        p_q_scale += far_bh * seq_q
+        p_lse_shift += far_bh * seq_q
+        p_k_scale += far_bh * groups
+    if FP8:
+        p_v_scale += far_bh * groups
+        p_v_mean += far_bh * head_size
+        v_scale_top = gl.load(p_v_scale_top + far_bh)
+    if ORDERED:
+        p_order += far_h * order_head
+    # Keys of the first tile, the one at the list's end: the list may not fill it, and its last block may be ragged.
+    last_block = gl.load(p_indices + (blocks - 1) * i_index)
+    valid = (blocks - 1) % PARTS * BLOCK_K + gl.minimum(seq_k - last_block * BLOCK_K, BLOCK_K)
+
+    b_q = gl.allocate_shared_memory(d_q.dtype, [2, 1, 1, 64, CODES], d_q.layout)
+    b_k = gl.allocate_shared_memory(d_k.dtype, [STAGES, 1, 1, TILE_K, CODES], d_q.layout)
+    out_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    if QUANTIZED:
+        b_out = gl.allocate_shared_memory(dtype, [2, 64, D], out_layout)
+    else:
+        b_out = seen_as(b_q, dtype, [2, 64, D], out_layout)
+    if FP8:
+        b_v = gl.allocate_shared_memory(d_v.dtype, [STAGES * PARTS, 1, 1, D, BLOCK_K], d_v.layout)
+    else:
+        b_v = gl.allocate_shared_memory(d_v.dtype, [STAGES, 1, 1, TILE_K, D], d_v.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_empty.index(stage), count=2)
+    for wg in gl.static_range(2):
+        mbarrier.init(turns.index(wg), count=1)
+    mbarrier.arrive(turns.index(0), count=1)
+    fence_async_shared()
+    mbarrier.expect(q_full, 2 * 64 * CODES * d_q.dtype.primitive_bitwidth // 8)
+    for wg in gl.static_range(2):
+        tma_load(d_q, [i_b, i_h, first_row + wg * 64, 0], q_full, b_q.index(wg))
+
+    tiles = (b_q, b_k, b_v, b_out)
+    rings = (q_full, k_full, k_empty, v_full, v_empty)
+    lists = (p_indices, i_index, blocks, valid)
+    scales = (p_q_scale, p_k_scale, p_v_scale, v_scale_top, scale)
+    ends = (p_out, out_token, p_lse, p_lse_shift, p_v_mean, p_order, first_row, seq_q, head_size)
+    copied = (d_k, d_v, b_k, b_v)
+    gl.warp_specialize(
+        [
+            (_attend, (tiles, rings, turns, lists, scales, ends, 0, PARTS, ORDERED)),
+            (_attend, (tiles, rings, turns, lists, scales, ends, 1, PARTS, ORDERED)),
+            (_load_tiles, (copied, rings, p_indices, i_index, blocks, i_b, i_h, PARTS)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
