@@ -11,19 +11,23 @@ import sys
 import threading
 import types
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from sparse_dit.engine import HEADS_FIRST, TOKENS_FIRST, Run, Site
+from sparse_dit.engine import HEADS_FIRST, TOKENS_FIRST, Run
+from sparse_dit.samples import Layer, Tokens
 
 _BACKEND_SETTINGS = ("_attention_backend", "_parallel_config")
+_STOCK = "_sparse_dit_stock"
 
 
 class _Current:
-    """The site whose processor is running."""
+    """The layer whose processor is running, and how many calls it has made."""
 
-    site: Site | None = None
+    site: Layer | None = None
+    calls: int = 0
 
 
 class _CurrentOfThread(_Current, threading.local):
@@ -36,60 +40,105 @@ _traced = _Current()
 _eager = _CurrentOfThread()
 
 
-def _publish(site: Site | None) -> None:
-    _traced.site = site
+def _publish(site: Layer | None) -> None:
+    _traced.site, _traced.calls = site, 0
     if not torch.compiler.is_compiling():
-        _eager.site = site
+        _eager.site, _eager.calls = site, 0
 
 
-def _current_site() -> Site:
-    site = None if torch.compiler.is_compiling() else _eager.site
-    site = _traced.site if site is None else site
-    assert site is not None
-    return site
+def _current() -> _Current:
+    if not torch.compiler.is_compiling() and _eager.site is not None:
+        return _eager
+    return _traced
+
+
+def _next_call() -> tuple[Layer, int]:
+    """The layer that makes a call, and which of its calls in this forward it is."""
+    current = _current()
+    assert current.site is not None
+    index = current.calls
+    if current.site.tokens.apart:
+        current.calls += 1
+    return current.site, index
+
+
+@dataclass
+class _Exchange:
+    attention: torch.nn.Module
+    layer: Layer
+    original: Any = field(init=False)
+    rebound: Any = field(init=False)
+
+    def put(self) -> None:
+        """Put a rebound copy of the processor that is in the slot in its place."""
+        found: Any = self.attention.processor
+        # Left behind by an earlier installation, such as `unfuse_qkv_projections` brings back: its own stock counts.
+        self.original = vars(found).get(_STOCK, found)
+        self.layer.home = self.original.__class__.__call__.__module__
+        self.rebound = copy.copy(self.original)
+        self.rebound.__class__ = _rebound_class(self.original.__class__)
+        self.rebound.site = self.layer
+        setattr(self.rebound, _STOCK, self.original)
+        self.attention.processor = self.rebound
 
 
 class Installed:
-    """The sites put into one transformer.
+    """The layers put into one transformer.
 
     Attributes:
         sites: one a layer, in execution order.
+        tokens: what they know of the forward that runs.
     """
 
-    def __init__(self, run: Run, attentions: list[torch.nn.Module]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        attentions: list[torch.nn.Module],
+        tokens: Tokens | None = None,
+        alone: tuple[bool, ...] | None = None,
+    ) -> None:
         """Exchange the processors.
 
         Args:
-            run: the run that the sites belong to.
+            run: the run that the layers belong to.
             attentions: the self-attention modules, in execution order; each has a `processor`.
+            tokens: whether and how tokens are read; by default shapes tell everything.
+            alone: for each module whether it sees the grid without any text; by default none does.
         """
         # An inference tensor could not be written to outside of inference mode.
         with torch.inference_mode(False):
             clock = torch.zeros((), dtype=torch.int64)
-        self.sites: list[Site] = []
-        self._exchanged: list[tuple[torch.nn.Module, Any, Any]] = []
-        for layer, attention in enumerate(attentions):
-            original: Any = attention.processor
-            site = Site(layer, run, clock, original.__class__.__call__.__module__)
-            rebound = copy.copy(original)
-            rebound.__class__ = _rebound_class(original.__class__)
-            rebound.site = site
-            attention.processor = rebound
-            self.sites.append(site)
-            self._exchanged.append((attention, original, rebound))
+        self.tokens = Tokens() if tokens is None else tokens
+        self.sites: list[Layer] = []
+        self._exchanges: list[_Exchange] = []
+        for number, attention in enumerate(attentions):
+            layer = Layer(number, run, clock, "", self.tokens, alone is not None and alone[number])
+            exchange = _Exchange(attention, layer)
+            exchange.put()
+            self.sites.append(layer)
+            self._exchanges.append(exchange)
+
+    def renew(self) -> None:
+        """Rebind processors that something else, such as fusing projections or an adapter, has put in since."""
+        for exchange in self._exchanges:
+            if exchange.attention.processor is not exchange.rebound:
+                exchange.put()
 
     def remove(self) -> None:
-        """Put the very same processors back, with the dense backend the user may have set in between.
+        """Put the processors back that were there, with the dense backend the user may have set in between.
 
         A processor that someone else has put in since is left alone.
         """
-        for attention, original, rebound in self._exchanged:
-            if attention.processor is not rebound:
+        for exchange in self._exchanges:
+            original, rebound = exchange.original, exchange.rebound
+            # Whoever still holds it, as `fuse_qkv_projections` does, gets the model's own attention from it.
+            rebound.site = None
+            if exchange.attention.processor is not rebound:
                 continue
             for name in _BACKEND_SETTINGS:
                 if name in vars(rebound) and getattr(rebound, name) is not getattr(original, name):
                     setattr(original, name, getattr(rebound, name))
-            attention.processor = original
+            exchange.attention.processor = original
 
 
 @functools.cache
@@ -105,6 +154,8 @@ def _rebound_class(processor: type[Any]) -> type[Any]:
     # Attention modules drop arguments that the signature of `__call__` does not name: `wraps` shows the original's.
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.site is None:
+            return original(self, *args, **kwargs)
         _publish(self.site)
         try:
             return body(self, *args, **kwargs)
@@ -171,24 +222,26 @@ def _rebound_dispatch(source: types.ModuleType) -> Callable[..., torch.Tensor]:
         parallel_config: Any = None,
     ) -> torch.Tensor:
         features = {
-            "mask": attn_mask is not None,
             "dropout": dropout_p > 0.0,
             "causal": is_causal,
             "attention_kwargs": bool(attention_kwargs),
             "parallel": parallel_config is not None,
         }
 
-        def dense() -> torch.Tensor:
+        def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             options = {"backend": backend, "parallel_config": parallel_config}
             output: torch.Tensor = source.dispatch_attention_fn(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, **options
+                q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, **options
             )
             return output
 
-        return _current_site().call(
+        layer, index = _next_call()
+        return layer.attend(
             query,
             key,
             value,
+            attn_mask,
+            index=index,
             axes=TOKENS_FIRST,
             scale=scale,
             backend="" if backend is None else str(getattr(backend, "value", backend)),
@@ -215,17 +268,20 @@ def _rebound_functional() -> types.ModuleType:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        features = {"mask": attn_mask is not None, "dropout": dropout_p > 0.0, "causal": is_causal}
+        features = {"dropout": dropout_p > 0.0, "causal": is_causal}
 
-        def dense() -> torch.Tensor:
+        def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             return stock.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
 
-        return _current_site().call(
+        layer, index = _next_call()
+        return layer.attend(
             query,
             key,
             value,
+            attn_mask,
+            index=index,
             axes=HEADS_FIRST,
             scale=scale,
             backend="",

@@ -1,0 +1,219 @@
+"""The samples of a batch: what is text, grid and padding in the sequence of each, and calls that leave padding out.
+
+Models mark padding by a mask, with which no fast attention works. Here it is cut off instead: the tokens that count
+are attended to exactly as under the mask, each sample by itself where samples differ in length.
+"""
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from einops import rearrange
+
+from sparse_dit.engine import HEADS_FIRST, TOKENS_FIRST, Run, Site, is_dense
+from sparse_dit.layout import TokenLayout
+
+Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""The call as the model would have made it, of q, k, v and mask."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where the tokens of one sample stand: text, padding, grid, text, and padding up to the end of the sequence.
+
+    Args:
+        layout: the tokens that count.
+        gap: padding tokens between the text in front and the grid.
+    """
+
+    layout: TokenLayout
+    gap: int = 0
+
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """The stretches (from, length) of the sequence that count."""
+        before, length = self.layout.text_before, self.layout.length
+        return ((0, before), (before + self.gap, length - before)) if self.gap else ((0, length),)
+
+
+@dataclass
+class Tokens:
+    """What the layers of one transformer know of the forward that runs, beyond what the run's state holds.
+
+    Attributes:
+        read: whether anything below is used at all; else a forward's shapes tell everything.
+        removes_masks: whether a mask may be removed, because it tells nothing but the padding in `samples`.
+        apart: whether processors make one call a sample.
+        samples: where the tokens stand, one entry a sample, or a single one for all.
+        refusal: why the whole forward stays dense, or `None`.
+    """
+
+    read: bool = False
+    removes_masks: bool = False
+    apart: bool = False
+    samples: tuple[Sample, ...] = ()
+    refusal: str | None = None
+
+
+class Layer(Site):
+    """A site that cuts padding off before a call and knows the samples of a batch apart.
+
+    Args:
+        layer, run, clock, home: as `Site`.
+        tokens: of the forward that runs, one object for all layers of a transformer.
+        alone: whether the layer sees the grid without any text.
+    """
+
+    def __init__(self, layer: int, run: Run, clock: torch.Tensor, home: str, tokens: Tokens, alone: bool) -> None:
+        super().__init__(layer, run, clock, home)
+        self.tokens = tokens
+        self.alone = alone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Layer":
+        """As `Site.__deepcopy__`."""
+        run, clock = copy.deepcopy(self.run, memo), copy.deepcopy(self.clock, memo)
+        return Layer(self.layer, run, clock, self.home, copy.deepcopy(self.tokens, memo), self.alone)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        index: int,
+        axes: str,
+        scale: float | None,
+        backend: str,
+        refusal: str | None,
+        dense: Dense,
+    ) -> torch.Tensor:
+        """Compute a call, trimmed where the tokens say so; traceable.
+
+        Args:
+            q, k, v: tensors with the axes `axes`.
+            mask: the mask that the model gave to the call.
+            index: which of the layer's calls in this forward it is.
+            axes, scale, backend, refusal: as `Site.call`.
+            dense: the call as the model would have made it.
+
+        Returns:
+            The output with the axes `axes`; zeros where the sequence is padding.
+        """
+        if mask is not None and not self.tokens.removes_masks:
+            refusal = refusal or "mask"
+        if refusal is not None or not self.tokens.read:
+            whole = functools.partial(dense, q, k, v, mask)
+            return self.call(q, k, v, axes=axes, scale=scale, backend=backend, refusal=refusal, dense=whole)
+        if torch.compiler.is_compiling():
+            return cast(torch.Tensor, _attend_read(q, k, v, mask, self.slot, self.clock, axes, scale, backend, index))
+        return self.attend_read(q, k, v, mask, axes=axes, scale=scale, index=index, dense=dense)
+
+    def attend_read(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        axes: str,
+        scale: float | None,
+        index: int,
+        dense: Dense,
+    ) -> torch.Tensor:
+        """Compute a call by what was read of the forward's tokens; arguments as `attend`."""
+        tokens, call = self.tokens, functools.partial(self.call, axes=axes, scale=scale, backend="")
+        if tokens.refusal is not None or is_dense(self.run.recipe):
+            return call(q, k, v, refusal=tokens.refusal, dense=functools.partial(dense, q, k, v, mask))
+        samples = tokens.samples
+        if tokens.apart:
+            samples = (samples[index % len(samples)],)
+        elif self.alone:
+            samples = (Sample(replace(samples[0].layout, text_before=0, text_after=0)),)
+        axis = axes.split().index("s")
+        if len(samples) == 1 and (mask is None or samples[0].layout.length == q.shape[axis]):
+            with self._sample(samples[0], index if tokens.apart else None):
+                return call(q, k, v, refusal=None, dense=functools.partial(dense, q, k, v, None))
+        if mask is None or max(begin + length for x in samples for begin, length in x.spans()) > q.shape[axis]:
+            for _ in samples[1:]:  # planned as one call a sample
+                self.run.tally.count_dense("unknown_grid")
+            return call(q, k, v, refusal="unknown_grid", dense=functools.partial(dense, q, k, v, mask))
+        # Padding queries feed only padding, so what they get does not matter.
+        out = q.new_zeros(q.shape)
+        for number, sample in enumerate(samples):
+            of_sample = (x if len(samples) == 1 else x[number : number + 1] for x in (q, k, v))
+            trimmed = [_cut(x, sample.spans(), axis) for x in of_sample]
+            with self._sample(sample, number if len(samples) > 1 else None):
+                tq, tk, tv = trimmed
+                part = call(tq, tk, tv, refusal=None, dense=functools.partial(dense, tq, tk, tv, None))
+            target, start = out if len(samples) == 1 else out[number : number + 1], 0
+            for begin, length in sample.spans():
+                target.narrow(axis, begin, length).copy_(part.narrow(axis, start, length))
+                start += length
+        return out
+
+    @contextmanager
+    def _sample(self, sample: Sample, number: int | None) -> Iterator[None]:
+        """The run's state for a call of one sample; what its layers keep between steps is its own."""
+        state = self.run.state
+        layout, branch = state.layout, state.branch
+        state.layout = sample.layout
+        if number is not None:
+            state.branch = f"{branch}[{number}]"
+        try:
+            yield
+        finally:
+            state.layout, state.branch = layout, branch
+
+
+def _cut(x: torch.Tensor, spans: tuple[tuple[int, int], ...], axis: int) -> torch.Tensor:
+    parts = [x.narrow(axis, begin, length) for begin, length in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+
+@torch.library.custom_op("sparse_dit::attend_read", mutates_args=())
+def _attend_read(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    slot: torch.Tensor,
+    clock: torch.Tensor,
+    axes: str,
+    scale: float | None,
+    backend: str,
+    index: int,
+) -> torch.Tensor:
+    layer = cast(Layer, Site.find(slot))
+
+    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        if axes == HEADS_FIRST:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        dispatch = sys.modules[layer.home].dispatch_attention_fn
+        return cast(torch.Tensor, dispatch(q, k, v, mask, scale=scale, backend=backend or None))
+
+    out = layer.attend_read(q, k, v, mask, axes=axes, scale=scale, index=index, dense=dense)
+    return rearrange(rearrange(out, f"{axes} -> {TOKENS_FIRST}").contiguous(), f"{TOKENS_FIRST} -> {axes}")
+
+
+@_attend_read.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    slot: torch.Tensor,
+    clock: torch.Tensor,
+    axes: str,
+    scale: float | None,
+    backend: str,
+    index: int,
+) -> torch.Tensor:
+    if axes == TOKENS_FIRST:
+        return q.new_empty(q.shape)
+    batch, heads, tokens, width = q.shape
+    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
