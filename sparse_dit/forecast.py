@@ -1,6 +1,6 @@
 """What is known of a recipe before it runs: its density and what its layers will keep."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,25 @@ GIB = 2**30
 def is_dense(recipe: Recipe) -> bool:
     """Whether a recipe asks for nothing but the model's own dense attention."""
     return isinstance(recipe.selection, Every) and recipe.precision == "native"
+
+
+def whole_steps(recipe: Recipe, sparse_steps: Iterable[int]) -> set[int]:
+    """Which of a layer's sparse calls will be whole ones, as a search or a cache needs them.
+
+    Args:
+        recipe: the method.
+        sparse_steps: the steps in which the schedule lets the layer be sparse, ascending.
+    """
+    caches = isinstance(recipe.skipped, Reuse)
+    searches = isinstance(recipe.selection, Dynamic) and recipe.selection.needs_lse
+    whole: set[int] = set()
+    last = None
+    for step in sparse_steps:
+        if recipe.schedule.refreshes(step, last):
+            if caches or (searches and last is None):
+                whole.add(step)
+            last = step
+    return whole
 
 
 @dataclass(frozen=True)

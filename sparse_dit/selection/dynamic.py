@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -78,7 +78,12 @@ class Dynamic(ABC):
 
     The engine asks it to choose at every refresh of the schedule (`Schedule.refreshes`); where there are steps between
     refreshes it asks it to keep what was chosen, and to recall it there.
+
+    Attributes:
+        needs_lse: whether its first choice for a layer asks for a whole call.
     """
+
+    needs_lse: ClassVar[bool] = False
 
     def orders(self, layout: TokenLayout, layer: int) -> tuple[Order, ...] | None:
         """The orders that the selection itself brings for a layer; `None` leaves the order to the recipe."""

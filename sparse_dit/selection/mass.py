@@ -4,6 +4,7 @@ Source: AdaSpa (arXiv 2502.21079, ICCV 2025); it has no public code.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -34,6 +35,8 @@ class Mass(Dynamic):
     Raises:
         ValueError: a value is out of its range.
     """
+
+    needs_lse: ClassVar[bool] = True
 
     density: float = 0.2
     adaptive: bool = True

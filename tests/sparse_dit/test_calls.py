@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from sparse_dit.calls import attend, measured_density, plan
 from sparse_dit.engine import HEADS_FIRST, Run
-from sparse_dit.forecast import forecast
+from sparse_dit.forecast import forecast, whole_steps
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Axes, Hilbert, Rows, Tiles, TimeMajor
-from sparse_dit.recipe import Recipe
+from sparse_dit.recipe import Recipe, load_recipe
 from sparse_dit.schedule import Schedule
 from sparse_dit.selection import Band, Every, Gate, HeadTypes, Mass, Pooled, Radial, Window
 from sparse_dit.skipped import Reuse
@@ -266,6 +266,20 @@ def test_the_forecast_of_the_density_is_the_density(selection: Any) -> None:
     slot = Slot()
     out = [attend(chosen, layout, *qkv(layout), scale=None, layer=0, step=step, slot=slot) for step in range(2)]
     assert told.density == pytest.approx(float(out[1].density))
+
+
+@pytest.mark.parametrize("chosen", KEEPING)
+def test_the_steps_that_will_be_whole_are_those_that_are(chosen: Recipe) -> None:
+    run = Run(chosen)
+    steps_of(run, ["cond"], lambda branch, seed: qkv(seed=seed), LAYOUT, 5)
+    refreshed = run.tally.summary().dense.get("refresh", 0)
+    assert refreshed == LAYERS * len(whole_steps(chosen, range(5)))
+
+
+def test_published_schedules_have_the_whole_steps_that_the_papers_count() -> None:
+    # Re-ttention: "22 of 50 steps still run full attention", 15 of them dense. AdaSpa: only its first search is.
+    assert whole_steps(load_recipe("re-ttention"), range(15, 50)) == {15, 20, 25, 30, 35, 40, 45}
+    assert whole_steps(load_recipe("adaspa"), range(10, 50)) == {10}
 
 
 @pytest.mark.parametrize("selection", [Pooled(tau=1.0), Pooled(top_p=0.9), Pooled(similarity=0.5), Gate()])
