@@ -67,8 +67,8 @@ def block_sparse_attention(
     if precision not in PRECISIONS:
         raise ValueError(f"precision: {precision!r}; valid: one of {PRECISIONS}")
     backend = _chosen_backend(q, backend)
-    if backend == "triton" and precision != "native":
-        raise ValueError(f"precision: {precision!r}; valid for backend 'triton': 'native'")
+    if backend == "triton":
+        _check_device(q, precision)
     out, lse = _block_sparse_attention(
         q, k, v, blocks.indices, blocks.counts, order, blocks.block_q, blocks.block_k, scale, precision, backend
     )
@@ -136,6 +136,17 @@ def _chosen_backend(q: Tensor, backend: str | None) -> str:
     return chosen
 
 
+def _check_device(q: Tensor, precision: str) -> None:
+    if precision != "int8_fp8" or not q.is_cuda:
+        return
+    capability = torch.cuda.get_device_capability(q.device)
+    if torch.version.hip is not None or capability < (8, 9):
+        name = torch.cuda.get_device_name(q.device)
+        raise ValueError(
+            f"precision: 'int8_fp8' on {name}; valid: NVIDIA GPUs of compute capability 8.9 or newer, or 'int8'"
+        )
+
+
 @torch.library.custom_op("sparse_dit::block_sparse_attention", mutates_args=())
 def _block_sparse_attention(
     q: Tensor,
@@ -152,10 +163,15 @@ def _block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     lists = (indices, counts, block_q, block_k)
     if precision != "native":
-        from sparse_dit.kernels.host import host_quantized_attention
         from sparse_dit.kernels.quantize import quantize
 
-        codes = quantize(q, k, v, precision=precision, scale=scale, order=order)
+        codes = quantize(q, k, v, precision=precision, scale=scale, order=order, backend=backend)
+        if backend == "triton":
+            from sparse_dit.kernels.attention_int8 import triton_quantized_attention
+
+            return triton_quantized_attention(codes, indices, counts, order, block_q, block_k, q.dtype)
+        from sparse_dit.kernels.host import host_quantized_attention
+
         return _in_token_order(*host_quantized_attention(codes, *lists, q.dtype), order)
     if backend == "triton":
         from sparse_dit.kernels.attention import triton_attention as attention

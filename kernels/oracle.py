@@ -1,7 +1,11 @@
 """Slow and obviously right, in float64: what the tests compare every backend with."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from sparse_dit.kernels.quantize import Quantized
 
 
 def oracle_attention(
@@ -30,3 +34,27 @@ def oracle_attention(
     scores = scores.masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(dim=-1)
     return torch.einsum("bhij,bhjd->bhid", (scores - lse[..., None]).exp(), v.double()), lse
+
+
+def oracle_quantized_attention(
+    codes: Quantized, mask_blocks: Tensor, block_q: int, block_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention on what the codes stand for, nothing else rounded; tokens in the codes' order.
+
+    Args:
+        codes: quantized q, k and v.
+        mask_blocks: as for `oracle_attention`.
+        block_q: query tokens a block.
+        block_k: key tokens a block.
+
+    Returns:
+        out float64 [B, H, Sq, D]; lse float64 [B, H, Sq]; and sqrt(sum_j (p_ij v_jd)^2) float64 [B, H, Sq, D] with
+        weights p and v as multiplied (v_mean is added after): how far out moves if each weight moves by its own size.
+    """
+    q, k, v = codes.dequantized()
+    out, lse = oracle_attention(q, k, v, mask_blocks, block_q, block_k, scale=math.log(2))
+    multiplied = v.double() if codes.v_mean is None else v.double() - codes.v_mean.double()[:, :, None]
+    # Squared weights are softmax at twice the scale, up to a factor a row.
+    squares, lse_squares = oracle_attention(q, k, multiplied.square(), mask_blocks, block_q, block_k, 2 * math.log(2))
+    spread = (squares * (lse_squares - 2 * lse).exp()[..., None]).sqrt()
+    return out, lse + codes.lse_shift.double(), spread

@@ -1,50 +1,124 @@
-"""Compiles the Triton kernel for one target and prints a line of JSON a variant: python compile_offline.py cuda 90"""
+"""Compiles the attention and quantization kernels for one target: python compile_offline.py cuda 90
+
+Prints a line of JSON a variant. For sm_90, where more of them are compiled, it tells registers and stack as well.
+"""
 
 import json
+import re
+import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, NamedTuple
 
-import torch
+import triton
 from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_dit.kernels.attention import block_sparse_forward_kernel, constants, launch_for
+from sparse_dit.kernels import attention, attention_int8, quantize_triton
 
-# head size, block size, tokens, dtype: aligned and ragged, one and two column parts, the widest row
-VARIANTS = (
-    (64, 64, 4096, torch.bfloat16),
-    (72, 32, 1000, torch.float16),
-    (128, 128, 4000, torch.bfloat16),
-    (256, 64, 1000, torch.bfloat16),
-)
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class Variant(NamedTuple):
+    """A kernel, its compile-time arguments, what its pointers point to (else fp32), and how it is launched."""
+
+    kernel: Any
+    fixed: dict[str, Any]
+    pointers: dict[str, str]
+    num_warps: int
+    num_stages: int = 3
+    fusion: bool = True
+
+
+# Head size, block size, tokens: aligned and ragged, one and two column parts, the widest row.
+NATIVE = ((64, 64, 4096, "bf16"), (72, 32, 1000, "fp16"), (128, 128, 4000, "bf16"), (256, 64, 1000, "bf16"))
+QUANTIZED = ((64, 64, 4096), (72, 32, 1000), (128, 128, 4000))
+
+
+def native_variants() -> Iterator[Variant]:
+    for head_size, block, tokens, dtype in NATIVE:
+        launch = attention.launch_for(head_size, block, block)
+        fixed = attention.constants(head_size, block, block, tokens, launch)
+        pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_out"), dtype) | {"p_indices": "i32", "p_counts": "i32"}
+        yield Variant(attention.block_sparse_forward_kernel, fixed, pointers, launch.num_warps, launch.num_stages)
+
+
+def quantized_variants(precision: str, every: bool) -> Iterator[Variant]:
+    fp8 = precision == "int8_fp8"
+    codes = "fp8e4nv" if fp8 else "bf16"
+    pointers = {"p_q": "i8", "p_k": "i8", "p_v": codes, "p_order": "i64", "p_out": "bf16"}
+    pointers |= {"p_indices": "i32", "p_counts": "i32"}
+    for head_size, block, tokens in QUANTIZED if every else QUANTIZED[1:2]:
+        launch = attention_int8.launch_for(precision, head_size, block, block)
+        fixed = attention_int8.constants(precision, head_size, block, block, tokens, ordered=True, launch=launch)
+        fixed["v_token" if fp8 else "v_dim"] = 1
+        yield Variant(attention_int8.int8_forward_kernel, fixed, pointers, launch.num_warps, launch.num_stages)
+    pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_signs"), "bf16")
+    pointers |= {"p_order": "i64", "p_q_codes": "i8", "p_k_codes": "i8", "p_v_codes": codes}
+    for head_size in (72, 128) if every else (72,):
+        fixed = quantize_triton.constants(precision, head_size, ordered=True, rotate=True)
+        warps = quantize_triton.launch_warps(head_size)
+        yield Variant(quantize_triton.quantize_kernel, fixed, pointers, warps, fusion=False)
+    fixed = quantize_triton.means_constants(fixed)
+    yield Variant(quantize_triton.sampled_means_kernel, fixed, pointers, num_warps=8, fusion=False)
+
+
+def variants(target: GPUTarget) -> Iterator[Variant]:
+    yield from native_variants()
+    yield from quantized_variants("int8", every=target.arch == 90)
+    if target.backend == "cuda" and target.arch >= 89:
+        yield from quantized_variants("int8_fp8", every=target.arch == 90)
+
+
+def compiled(variant: Variant, target: GPUTarget) -> Any:
+    signature: dict[str, str] = {}
+    attributes = {}
+    fixed = dict(variant.fixed)
+    transposed = "v_token" in fixed
+    for position, name in enumerate(variant.kernel.arg_names):
+        if name.endswith("_dim") and not (transposed and name == "v_dim"):
+            fixed[name] = 1  # as the launcher specialises a stride of 1
+        if name == "i_index":
+            fixed[name] = 1
+        if name in fixed:
+            signature[name] = "constexpr"
+        elif name.startswith("p_"):
+            signature[name] = f"*{variant.pointers.get(name, 'fp32')}"
+        else:
+            signature[name] = "fp32" if "scale" in name else "i32"
+        aligned = name.startswith(("p_", "q_", "k_", "v_", "out_")) or name == "padded_k"
+        if aligned and signature[name] != "constexpr":
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(variant.kernel, signature, constexprs=fixed, attrs=attributes)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": variant.fusion}
+    return triton_compile(source, target=target, options=options)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack of a thread: stack is where registers spill to."""
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found is not None, told
+    return {"registers": int(found[1]), "stack": int(found[2])}
 
 
 def main(target: GPUTarget) -> None:
-    for head_size, block, tokens, dtype in VARIANTS:
-        launch = launch_for(head_size, block, block)
-        fixed = constants(head_size, block, block, tokens, launch)
-        signature, attributes = {}, {}
-        for position, name in enumerate(block_sparse_forward_kernel.arg_names):
-            if name in fixed:
-                signature[name] = "constexpr"
-            elif name.endswith("_dim") or name == "i_index":
-                signature[name], fixed[name] = "constexpr", 1  # as the launcher specialises a stride of 1
-            elif name == "qk_scale":
-                signature[name] = "fp32"
-            elif name in ("p_q", "p_k", "p_v", "p_out"):
-                signature[name] = f"*{NAMES[dtype]}"
-            elif name.startswith("p_"):
-                signature[name] = "*fp32" if name == "p_lse" else "*i32"
-            else:
-                signature[name] = "i32"
-            if name.startswith(("p_", "q_", "k_", "v_", "out_")) and signature[name] != "constexpr":
-                attributes[(position,)] = [["tt.divisibility", 16]]
-        source = ASTSource(block_sparse_forward_kernel, signature, constexprs=fixed, attrs=attributes)
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-        kernel = triton_compile(source, target=target, options=options)
+    for variant in variants(target):
+        kernel = compiled(variant, target)
         binary = kernel.asm["cubin" if target.backend == "cuda" else "hsaco"]
-        print(json.dumps({"binary_bytes": len(binary), "shared_memory": kernel.metadata.shared}))
+        line = {
+            "kernel": variant.kernel.__name__,
+            "head_size": variant.fixed["HEAD_SIZE"],
+            "binary_bytes": len(binary),
+            "shared_memory": kernel.metadata.shared,
+        }
+        print(json.dumps(line | (resources(binary) if target.arch == 90 else {})))
 
 
 if __name__ == "__main__":

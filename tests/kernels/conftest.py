@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -82,6 +84,23 @@ def qkv() -> Callable[..., list[Tensor]]:
         ]
 
     return make
+
+
+@pytest.fixture
+def exact_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets Triton's interpreter round to E4M3 as GPUs and torch do: its own cast drops the carry out of a mantissa."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if target != language.float8e4nv or source not in (language.float32, language.float16):
+            return convert(data, source, target, mode)
+        wide = torch.from_numpy(data.view(np.float32 if source == language.float32 else np.float16).copy())
+        return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
 @pytest.fixture

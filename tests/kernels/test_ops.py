@@ -25,7 +25,8 @@ def order():
 
 
 @pytest.mark.parametrize(
-    ("backend", "precision"), [("host", "native"), ("triton", "native"), ("host", "int8"), ("host", "int8_fp8")]
+    ("backend", "precision"),
+    [("host", "native"), ("triton", "native"), ("host", "int8"), ("triton", "int8"), ("host", "int8_fp8")],
 )
 @pytest.mark.parametrize(("seq", "orders"), [(128, 0), (100, 1), (100, 2)])
 def test_opcheck(qkv, random_mask, order, backend, precision, seq, orders):
