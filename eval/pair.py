@@ -121,7 +121,7 @@ def compare_batch(
                     "recipe": recipe.to_dict(),
                     **one,
                     "grid": list(plan.grid),
-                    **_quality(frames, reference),
+                    **metrics.measure(frames, reference),
                     **shared,
                 },
             )
@@ -158,18 +158,6 @@ def plan_arguments(pipe: DiffusionPipeline, request: Request) -> dict[str, int]:
     """What `explain` needs to know of a request: size and steps."""
     arguments = call_arguments(pipe, request)
     return {name: arguments[name] for name in ("height", "width", "num_frames", "num_inference_steps")}
-
-
-def _quality(frames: Frames, dense: Frames) -> results.Row:
-    psnr, ssim = metrics.psnr(frames, dense), metrics.ssim(frames, dense)
-    return {
-        "psnr": psnr.mean,
-        "psnr_median": psnr.median,
-        "psnr_min": psnr.min,
-        "ssim": ssim.mean,
-        "ssim_median": ssim.median,
-        "ssim_min": ssim.min,
-    }
 
 
 def _cost(sparse_run: Run, dense: Run) -> results.Row:
