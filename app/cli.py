@@ -59,15 +59,18 @@ def read_command(argv: list[str]) -> Callable[[], None]:
         raise ValueError(_unknown_option(argv[0], unknown[1].partition("=")[0])) from None
     command, _ = COMMANDS[chosen.command]
     values = chosen[chosen.command].as_dict()
+    arguments: list[Any] = []
     settings: dict[str, Any] = {}
     for parameter in inspect.signature(command).parameters.values():
         names = _fields(parameter)
         if names:
             given = {name: values[name] for name in names if name in values}
             settings[parameter.name] = parameter.annotation(**{"prompt": "", **given} if "prompt" in names else given)
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
+            arguments.append(values[parameter.name])
         else:
             settings[parameter.name] = values[parameter.name]
-    return partial(command, **settings)
+    return partial(command, *arguments, **settings)
 
 
 def build_parser() -> ArgumentParser:
@@ -88,6 +91,8 @@ def build_parser() -> ArgumentParser:
         for parameter in inspect.signature(command).parameters.values():
             if _fields(parameter):
                 subparser.add_class_arguments(parameter.annotation, skip=set(skipped))
+            elif parameter.kind is parameter.POSITIONAL_ONLY:
+                subparser.add_argument(parameter.name, type=parameter.annotation, help=described[parameter.name])
             else:
                 subparser.add_argument(
                     f"--{parameter.name}",
@@ -178,6 +183,8 @@ def _unknown_option(command: str, option: str) -> str:
     function, skipped = COMMANDS[command]
     names = ["config", "print_config", "help"]
     for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            continue
         names += _fields(parameter) or [parameter.name]
     valid = [f"--{name}" for name in names if name not in skipped]
     near = get_close_matches(option, valid, n=1)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DENSITIES = [0.5, 0.3, 0.2]
 DENSE_FRACTIONS = [0.0, 0.25]
+ROWS = ["eval/results/radial-tiny-wan.jsonl"]
+CLIPS: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,49 @@ def evaluate(
         print(tables.row_line(row), flush=True)
 
 
+def compare_files(video: str, reference: str, /, json: bool = False) -> None:
+    """Measure a video file against another one, frame by frame.
+
+    Args:
+        video: the file to judge: mp4 or what else ffmpeg reads, or webp, gif, png, jpg.
+        reference: what it should look like, of the same size and length.
+        json: print JSON instead of a table.
+    """
+    from sparse_dit.eval import results
+    from sparse_dit.eval.files import compare_files as measure
+
+    row = {"video": video, "reference": reference, **measure(Path(video), Path(reference))}
+    if json:
+        print(results.to_json(row, indent=2))
+    else:
+        tables.print_file_comparison(row)
+
+
+def report(
+    rows: list[str] = ROWS,
+    clips: list[str] = CLIPS,
+    out: str = "outputs/report.html",
+) -> None:
+    """Make a page of plots and tables from result rows.
+
+    Args:
+        rows: JSONL files, as eval writes them.
+        clips: folders that compare wrote, to be shown as filmstrips.
+        out: the HTML file; it holds everything it shows.
+    """
+    from sparse_dit.eval.page import page
+    from sparse_dit.eval.results import load_rows
+
+    file = Path(out)
+    missing = [name for name in rows if not Path(name).is_file()]
+    if missing:
+        raise ValueError(f"rows: {missing[0]!r} is no file; valid: a JSONL file that eval wrote")
+    with output_folder(file.parent) as folder:
+        text = page([row for name in rows for row in load_rows(Path(name))], [Path(name) for name in clips])
+        (folder / file.name).write_text(text, encoding="utf-8")
+    print(f"wrote {file}")
+
+
 #: Commands by the name one types, each with the fields of `Request` that it does not take.
 COMMANDS: dict[str, tuple[Callable[..., None], frozenset[str]]] = {
     "generate": (generate, frozenset()),
@@ -184,4 +229,6 @@ COMMANDS: dict[str, tuple[Callable[..., None], frozenset[str]]] = {
     "methods": (methods, frozenset()),
     "explain": (explain, frozenset({"prompt", "negative_prompt", "seed"})),
     "eval": (evaluate, frozenset({"prompt"})),
+    "compare-files": (compare_files, frozenset()),
+    "report": (report, frozenset()),
 }

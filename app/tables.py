@@ -25,13 +25,46 @@ def print_comparison(record: dict[str, Any], out: str, files: Sequence[str]) -> 
     table.add_row("run density", "1", f"{record['run_density']:.3f}", "")
     table.add_row("PSNR, mean / worst frame", "", f"{record['psnr']:.2f} / {record['psnr_min']:.2f} dB", "")
     table.add_row("SSIM, mean / worst frame", "", f"{record['ssim']:.4f} / {record['ssim_min']:.4f}", "")
+    if record["flicker"] is not None:
+        table.add_row("flicker, mean / worst frame", "", f"{record['flicker']:.4f} / {record['flicker_max']:.4f}", "")
+    if record["lpips"] is not None:
+        table.add_row("LPIPS, mean / worst frame", "", f"{record['lpips']:.4f} / {record['lpips_max']:.4f}", "")
     table.add_row("sparse calls", "0", f"{calls['sparse']} of {calls['made']}", "")
     for reason, count in calls["dense"].items():
         table.add_row(f"dense calls ({reason})", "", f"{count} of {calls['made']}", "")
     table.add_row("backend", "model's own", record["backend"], "")
     console = Console()
     console.print(table)
+    _print_missing(console, record)
     console.print(f"{out}/: {', '.join(files)}", highlight=False)
+
+
+def print_file_comparison(row: dict[str, Any]) -> None:
+    """One table of a video file against another."""
+    title = f"{row['video']} against {row['reference']}: {row['frames']} frames of {row['width']}x{row['height']}"
+    table = Table(title=title)
+    for column in ("", "mean", "median frame", "worst frame"):
+        table.add_column(column, justify="right" if column else "left")
+    for label, name, worst, form in (
+        ("PSNR (dB)", "psnr", "min", ".2f"),
+        ("SSIM", "ssim", "min", ".4f"),
+        ("flicker", "flicker", "max", ".4f"),
+        ("LPIPS", "lpips", "max", ".4f"),
+    ):
+        if row[name] is not None:
+            table.add_row(label, *(f"{row[field]:{form}}" for field in (name, f"{name}_median", f"{name}_{worst}")))
+    table.add_row("largest difference", "", "", f"{row['difference_max']:.4f}")
+    console = Console()
+    console.print(table)
+    _print_missing(console, row)
+
+
+def _print_missing(console: Console, row: dict[str, Any]) -> None:
+    """Why LPIPS was not measured, where it was not."""
+    from sparse_dit.eval.perceptual import missing
+
+    if row["lpips"] is None:
+        console.print(missing(), highlight=False)
 
 
 def print_recipes(recipes: Sequence["Recipe"]) -> None:

@@ -1,15 +1,14 @@
-"""Tables from result rows, and the page they are kept in."""
+"""Markdown tables from result rows, and the page they are kept in."""
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_dit.eval.results import Row, load_rows
+from sparse_dit.eval.settings import Setting, settings
 
 HEADER = (
     "| recipe | density | dense steps | run density | PSNR | worst clip | SSIM | attention time | clips |\n"
@@ -18,7 +17,7 @@ HEADER = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A markdown table with its caption: one line for each recipe name, selection and number of dense steps.
+    """A markdown table with its caption: one line for each setting.
 
     Figures are averaged over clips. PSNR and SSIM are means over clips of means over frames, PSNR with its standard
     deviation over clips; *worst clip* is the smallest of the clips' PSNRs; *attention time* is that of the sparse runs
@@ -27,16 +26,8 @@ def table(rows: Sequence[Row]) -> str:
     Raises:
         ValueError: no row.
     """
-    if not rows:
-        raise ValueError("rows: there are none; valid: at least one")
-    groups: dict[tuple[str, float, int, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        recipe = row["recipe"]
-        selection = json.dumps(recipe["selection"], sort_keys=True)
-        # A selection's density depends on the grid only, so it is the same for all rows of a group.
-        key = (recipe["name"], -round(row["density"] or 1.0, 6), recipe["schedule"]["dense_steps"], selection)
-        groups[key].append(row)
-    return "\n".join([_caption(rows), "", HEADER, *(_line(groups[key]) for key in sorted(groups))])
+    lines = [_line(setting) for setting in settings(rows)]
+    return "\n".join([_caption(rows), "", HEADER, *lines])
 
 
 def put(page: str, name: str, content: str) -> str:
@@ -70,28 +61,29 @@ def _caption(rows: Sequence[Row]) -> str:
     return f"{', '.join(models)}, {', '.join(grids)} tokens, {prompts} prompts, on {', '.join(devices)}."
 
 
-def _line(rows: Sequence[Row]) -> str:
-    recipe, density = rows[0]["recipe"], rows[0]["density"]
-    psnr = [row["psnr"] for row in rows]
+def _line(setting: Setting) -> str:
+    psnr = setting.values("psnr")
     spread = f" ± {statistics.stdev(psnr):.1f}" if len(psnr) > 1 and all(map(math.isfinite, psnr)) else ""
-    time = _mean(rows, "attention_seconds_sparse") / _mean(rows, "attention_seconds_dense")
     cells = (
-        recipe["name"],
-        "none" if density is None else f"{density:.2f}",
-        f"{recipe['schedule']['dense_steps']} of {rows[0]['steps']}",
-        f"{_mean(rows, 'run_density'):.2f}",
+        setting.name,
+        "none" if setting.density is None else f"{setting.density:.2f}",
+        setting.dense_steps,
+        f"{setting.mean('run_density'):.2f}",
         f"{statistics.fmean(psnr):.1f}{spread} dB",
         f"{min(psnr):.1f} dB",
-        f"{_mean(rows, 'ssim'):.3f}",
-        f"{time:.2f} of dense",
-        str(len(rows)),
+        f"{setting.mean('ssim'):.3f}",
+        f"{setting.time_ratio('attention_seconds'):.2f} of dense",
+        str(len(setting.rows)),
     )
     return f"| {' | '.join(cells)} |"
 
 
-def _mean(rows: Sequence[Row], field: str) -> float:
-    return statistics.fmean(row[field] for row in rows)
+def marked(page: str, results: Path) -> list[Path]:
+    """The files of rows in a folder whose table the page has a place for, by name."""
+    return [file for file in sorted(results.glob("*.jsonl")) if f"<!-- {file.stem}:begin -->" in page]
 
 
 if __name__ == "__main__":
-    update(Path("README.md"), Path("eval/results/radial-tiny-wan.jsonl"))
+    readme = Path("README.md")
+    for rows_file in marked(readme.read_text(encoding="utf-8"), Path("eval/results")):
+        update(readme, rows_file)

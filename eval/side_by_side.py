@@ -14,8 +14,6 @@ GAINS = (1, 2, 4, 8, 16, 32, 64)
 def side_by_side(dense: Frames, sparse: Frames, label: str) -> Frames:
     """Three panels a frame: dense, sparse, and the absolute difference times a gain that its label states.
 
-    The gain is the largest power of two, up to 64, that keeps the 99th percentile of the clip's difference in range.
-
     Args:
         dense: frames [F, H, W, 3] in 0..1.
         sparse: the same shape.
@@ -30,7 +28,7 @@ def side_by_side(dense: Frames, sparse: Frames, label: str) -> Frames:
     if dense.shape != sparse.shape:
         raise ValueError(f"sparse: shape {sparse.shape}; valid: dense's, {dense.shape}")
     difference = np.abs(dense - sparse)
-    gain = max((gain for gain in GAINS if gain * np.percentile(difference, 99) <= 1), default=1)
+    gain = difference_gain(difference)
     panels = [
         _labelled(dense, "dense"),
         _labelled(sparse, label),
@@ -39,6 +37,11 @@ def side_by_side(dense: Frames, sparse: Frames, label: str) -> Frames:
     gap = np.ones((*panels[0].shape[:2], GAP, 3), np.float32)
     joined = np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=2)
     return np.pad(joined, ((0, 0), (0, joined.shape[1] % 2), (0, joined.shape[2] % 2), (0, 0)), constant_values=1)
+
+
+def difference_gain(difference: Frames) -> int:
+    """The largest power of two, up to 64, that keeps the 99th percentile of an absolute difference within 0..1."""
+    return max((gain for gain in GAINS if gain * np.percentile(difference, 99) <= 1), default=1)
 
 
 def _labelled(frames: Frames, label: str) -> Frames:

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
 import yaml
 
 from sparse_dit import __version__
 from sparse_dit.app.cli import COMMANDS, main
+from sparse_dit.pipelines.generate import write_video
 from sparse_dit.recipe import load_recipe, recipe_names
 
 SIZE = ["--height", "64", "--width", "64", "--num_frames", "9", "--steps", "3"]
@@ -77,6 +79,7 @@ def test_dense_against_dense_is_equal(mini_wan: Path, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["psnr"] == result["psnr_min"] == "inf"
     assert result["ssim"] == pytest.approx(1)
+    assert result["flicker_max"] == result["difference_max"] == 0
     assert result["calls"]["dense"] == {"recipe": 12}
     assert (result["density"], result["run_density"]) == (None, 1)
 
@@ -145,6 +148,31 @@ def test_eval_writes_rows_and_resumes(mini_wan: Path, tmp_path: Path, capsys: py
     # The missing row ran alone, the others with another prompt.
     assert [row["batch"] for row in again] == [2] * 7 + [1]
     assert [row["psnr"] for row in again] == pytest.approx([row["psnr"] for row in rows], abs=0.01)
+
+
+def test_compare_files_measures_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip = np.random.default_rng(0).random((3, 32, 48, 3), dtype=np.float32)
+    write_video(clip, tmp_path / "a.webp")
+    write_video(clip * 0.5, tmp_path / "b.webp")
+    files = [str(tmp_path / name) for name in ("a.webp", "b.webp")]
+    assert main(["compare-files", *files]) == 0
+    shown = capsys.readouterr().out
+    assert "3 frames of 48x32" in " ".join(shown.split())
+    assert "lpips is not measured" in shown or "LPIPS" in shown
+    assert main(["compare-files", *files, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["video"], row["reference"]) == tuple(files)
+    assert row["psnr"] == pytest.approx(10 * math.log10(1 / (0.25 * np.square(clip.astype(float)).mean())), abs=0.1)
+    assert row["schema"] == 1
+
+
+def test_report_makes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = Path(__file__).parents[2] / "eval" / "results" / "radial-tiny-wan.jsonl"
+    out = tmp_path / "new" / "report.html"
+    assert main(["report", "--rows", str(rows), "--out", str(out)]) == 0
+    assert files(tmp_path) == ["new", "new/report.html"]
+    assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert str(out) in capsys.readouterr().out
 
 
 def test_print_config_feeds_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,6 +254,10 @@ BAD = {
     "missing prompts": (["eval", "--prompts", "no/such.txt"], "held-out:N"),
     "density of a sweep": (["eval", "--densities", "2"], "(0, 1]"),
     "batch of a sweep": (["eval", "--batch", "0"], "from 1"),
+    "missing rows": (["report", "--rows", "no/such.jsonl"], "no/such.jsonl"),
+    "missing video": (["compare-files", "no.mp4", "such.mp4"], "no.mp4"),
+    "one video": (["compare-files", "no.mp4"], "reference"),
+    "unknown option of files": (["compare-files", "a.mp4", "b.mp4", "--jsn"], "--json"),
     "fraction of a sweep": (["eval", "--dense_fractions", "-1"], "0 to 1"),
 }
 

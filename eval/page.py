@@ -1,0 +1,174 @@
+"""Result rows as one HTML file that needs nothing else: no network, no script."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+
+from sparse_dit.eval.filmstrip import data_uri, filmstrip, read_comparison
+from sparse_dit.eval.plots import pareto
+from sparse_dit.eval.results import Row
+from sparse_dit.eval.settings import Setting, interval, paired, places, settings
+
+# The policy makes browsers refuse what the page does not hold itself.
+_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>sparse_dit report</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 1180px; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } h3 { font-size: 1rem; }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+.plots figure { flex: 1 1 320px; max-width: 560px; margin: 0; }
+.plots svg, img { width: 100%; height: auto; }
+figure { margin: 0 0 1.5rem; } figcaption, .note { color: #555; font-size: 0.87rem; }
+.wide { overflow-x: auto; margin-top: 1rem; }
+table { border-collapse: separate; border-spacing: 0; font-size: 0.87rem; white-space: nowrap; }
+th, td { padding: 0.25rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+@media (max-width: 600px) { th:first-child, td:first-child { white-space: normal; min-width: 7rem; } }
+</style>
+</head>
+<body>
+"""
+
+_NOTE = (
+    "PSNR, SSIM and flicker compare each clip with the dense clip of the same prompt, seed and noise, frame by frame, "
+    "before any video codec: they tell how much a clip changed, not whether it got worse. Intervals are 95 % bootstrap "
+    "intervals of the mean over clips. Density is the computed share of an attention call, run density its mean over "
+    "all steps and layers, dense ones included. Times are those of the sparse run over those of the dense run."
+)
+
+
+def page(rows: Sequence[Row], clips: Sequence[Path] = ()) -> str:
+    """The report as HTML: for each model and device plots, a table of settings and their differences; then filmstrips.
+
+    Args:
+        rows: as `sparse-dit eval` writes them.
+        clips: folders that `sparse-dit compare` wrote, shown as filmstrips.
+
+    Raises:
+        ValueError: no row or one of another kind, a folder without clips, or no matplotlib.
+    """
+    if not rows:
+        raise ValueError("rows: there are none; valid: at least one")
+    for number, row in enumerate(rows, start=1):
+        if not {"recipe", "psnr", "grid", "device"} <= row.keys():
+            raise ValueError(f"rows: number {number} compares nothing; valid: rows that eval wrote")
+    parts = [_HEAD, "<h1>Sparse against dense attention</h1>\n", f'<p class="note">{_NOTE}</p>\n']
+    for number, (place, group) in enumerate(places(rows).items()):
+        found = settings(group)
+        parts += [f"<h2>{escape(place)}</h2>\n", _plots(found, number), _settings_table(found)]
+        if len(found) > 1:
+            parts.append(_differences_table(found))
+    if clips:
+        parts.append("<h2>Clips</h2>\n")
+        parts += [_filmstrip(folder) for folder in clips]
+    return "".join([*parts, f"<p class='note'>{escape(_origin(rows))}</p>\n</body>\n</html>\n"])
+
+
+def _plots(found: Sequence[Setting], number: int) -> str:
+    costs: tuple[tuple[str, str, Callable[[Setting], float]], ...] = (
+        ("quality over density", "run density", lambda setting: setting.mean("run_density") or 0.0),
+        (
+            "quality over attention time",
+            "attention time, sparse / dense",
+            lambda setting: setting.time_ratio("attention_seconds"),
+        ),
+        ("quality over whole time", "time of the run, sparse / dense", lambda setting: setting.time_ratio("seconds")),
+    )
+    figures = []
+    for index, (title, label, cost) in enumerate(costs):
+        svg = pareto(found, cost, label, f"plot-{number}-{index}")
+        if svg is not None:
+            svg = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+            figures.append(
+                f"<figure>{svg}<figcaption>{title.capitalize()}; gray: Pareto front.</figcaption></figure>\n"
+            )
+    if not figures:
+        return "<p>Every clip equals its dense one: nothing to plot.</p>\n"
+    return f'<div class="plots">{"".join(figures)}</div>\n'
+
+
+def _settings_table(found: Sequence[Setting]) -> str:
+    header = (
+        "recipe", "density", "dense steps", "run density", "PSNR (dB)", "worst clip (dB)", "SSIM", "flicker",
+        "attention time", "whole time", "clips",
+    )  # fmt: skip
+    lines = [
+        (
+            setting.name,
+            _number(setting.density, 2),
+            setting.dense_steps,
+            _number(setting.mean("run_density"), 2),
+            _with_interval(setting.values("psnr"), 1),
+            _number(min(setting.values("psnr")), 1),
+            _number(setting.mean("ssim"), 3),
+            _number(setting.mean("flicker"), 4),
+            _number(setting.time_ratio("attention_seconds"), 2),
+            _number(setting.time_ratio("seconds"), 2),
+            str(len(setting.rows)),
+        )
+        for setting in found
+    ]
+    return _table(header, lines)
+
+
+def _differences_table(found: Sequence[Setting]) -> str:
+    """Every setting against the one of the highest PSNR, clip by clip: what two means hide, pairs show."""
+    best = max(found, key=lambda setting: setting.mean("psnr") or 0.0)
+    fields = (("psnr", 2), ("ssim", 4), ("seconds_sparse", 2))
+    lines = []
+    for setting in found:
+        if setting is not best:
+            pairs = [(paired(setting, best, field), digits) for field, digits in fields]
+            cells = [_with_interval(values, digits, sign=True) for values, digits in pairs]
+            lines.append((setting.label, *cells, str(len(pairs[0][0]))))
+    title = f"<h3>Differences from {escape(best.label)}, paired by clip</h3>\n"
+    return title + _table(("setting", "PSNR (dB)", "SSIM", "seconds of a run", "pairs"), lines)
+
+
+def _filmstrip(folder: Path) -> str:
+    row, dense, sparse = read_comparison(folder)
+    picture, gain = filmstrip(dense, sparse)
+    about = (
+        f"{row['recipe']['name']}, run density {row['run_density']:.2f}, {float(row['psnr']):.1f} dB: {row['prompt']}. "
+        f"From above: dense, sparse, difference x {gain}; frames of the encoded videos."
+    )
+    size = f'width="{picture.width}" height="{picture.height}"'
+    image = f'<img alt="{escape(about)}" src="{data_uri(picture)}" {size}>'
+    return f"<figure>{image}<figcaption>{escape(about)}</figcaption></figure>\n"
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    revisions = sorted({str(row.get("revision") or "unknown")[:12] for row in rows})
+    days = sorted({str(row["created"])[:10] for row in rows if row.get("created")})
+    when = f", measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}" if days else ""
+    return f"{len(rows)} rows, revision {', '.join(revisions)}{when}."
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>\n" for line in lines)
+    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}</table></div>\n'
+
+
+def _with_interval(values: Sequence[float], digits: int, sign: bool = False) -> str:
+    """Mean and interval of values, one a clip."""
+    if not values:
+        return "-"
+    mean, ends = sum(values) / len(values), interval(values)
+    if math.isnan(mean):
+        return "-"  # infinities of both signs
+    form = f"{'+' if sign else ''}.{digits}f"
+    spread = f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else ""
+    return f"{mean:{form}}{spread}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

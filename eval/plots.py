@@ -1,0 +1,91 @@
+"""Plots of settings as SVG text that can stand inside a page."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sparse_dit.eval.settings import Setting, front, interval
+
+_MARKERS = "osD^v<>ph*"
+
+
+def pareto(settings: Sequence[Setting], cost: Callable[[Setting], float], label: str, name: str) -> str | None:
+    """PSNR over a cost, with 95 % intervals and the Pareto front.
+
+    Args:
+        settings: one point each; colours tell recipes apart, markers the number of dense steps.
+        cost: smaller is better.
+        label: of the cost's axis, with its unit.
+        name: of the picture within its page.
+
+    Returns:
+        An `<svg>` element; None where no setting has a finite PSNR.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    points = [(cost(setting), setting.mean("psnr")) for setting in settings]
+    drawable = [
+        (setting, x, y) for setting, (x, y) in zip(settings, points, strict=True) if y is not None and math.isfinite(y)
+    ]
+    if not drawable:
+        return None
+    pyplot = _pyplot()
+    colors = _numbered([setting.name for setting, _, _ in drawable])
+    markers = _numbered([setting.dense_steps for setting, _, _ in drawable])
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "font.family": "sans-serif"}):
+        figure, axes = pyplot.subplots(figsize=(4.4, 3.4), layout="constrained")
+        for setting, x, y in drawable:
+            ends = interval(setting.values("psnr"))
+            error = [[y - ends[0]], [ends[1] - y]] if ends else None
+            axes.errorbar(
+                x,
+                y,
+                error,
+                marker=_MARKERS[markers[setting.dense_steps] % len(_MARKERS)],
+                color=f"C{colors[setting.name]}",
+                markersize=6,
+                elinewidth=0.8,
+                linestyle="none",
+            )
+        best = front([(x, y) for _, x, y in drawable])
+        axes.plot([drawable[i][1] for i in best], [drawable[i][2] for i in best], color="gray", linewidth=0.8, zorder=0)
+        handles = [_handle("o", f"C{number}", recipe) for recipe, number in colors.items()]
+        handles += [
+            _handle(_MARKERS[n % len(_MARKERS)], "gray", f"{steps} steps dense") for steps, n in markers.items()
+        ]
+        axes.legend(handles=handles, fontsize=7, frameon=False)
+        axes.set(xlabel=label, ylabel="PSNR against dense (dB)")
+        axes.grid(alpha=0.3, linewidth=0.5)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        pyplot.close(figure)
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _handle(marker: str, color: str, label: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], marker=marker, color=color, linestyle="none", label=label)
+
+
+def _numbered(names: Sequence[str]) -> dict[str, int]:
+    """Each different name with its number, in the order of appearance."""
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError(
+            "report: its plots need matplotlib, which is not installed; valid: pip install matplotlib"
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,126 @@
+"""The HTML report: whole in itself, and every figure in it."""
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparse_dit.eval.page import page
+from sparse_dit.pipelines.generate import write_video
+
+
+def row(prompt: str, density: float, psnr: float, model: str = "tiny-wan", **more: object) -> dict:
+    return {
+        "recipe": {"name": "radial", "selection": {"density": density}, "schedule": {"dense_steps": 0}},
+        "model": model,
+        "prompt": prompt,
+        "seed": 0,
+        "grid": [9, 16, 16],
+        "device": {"type": "cpu", "name": "x86_64", "dtype": "float32"},
+        "steps": 20,
+        "density": density,
+        "run_density": density,
+        "psnr": psnr,
+        "ssim": 0.9,
+        "attention_seconds_sparse": 1.0,
+        "attention_seconds_dense": 4.0,
+        "seconds_sparse": 3.0,
+        "seconds_dense": 5.0,
+        "revision": "0123456789abcdef",
+        "created": "2026-01-02T03:04:05+00:00",
+        **more,
+    }
+
+
+ROWS = [
+    row(prompt, density, 50 * density + offset) for density in (0.2, 0.5) for prompt, offset in (("a", 0), ("b", 2))
+]
+
+
+def text_of(html: str) -> str:
+    return " ".join(re.sub(r"<[^>]*>", " ", html).split())
+
+
+def test_the_page_shows_every_setting_and_the_paired_differences() -> None:
+    html = page([*ROWS, row("a", 0.3, 20.0, model="<other>")])
+    text = text_of(html)
+    assert html.count("<svg") == 6
+    assert "tiny-wan, 9 x 16 x 16 tokens" in text
+    assert "&lt;other&gt;, 9 x 16 x 16 tokens" in text
+    assert "0.50 0 of 20 0.50 26.0 [25.0, 27.0] 25.0 0.900 - 0.25 0.60 2" in text
+    assert "radial, density 0.20, 0 of 20 steps dense -15.00 [-15.00, -15.00]" in text
+    assert "run density" in text
+    assert "PSNR against dense (dB)" in text
+    assert "5 rows, revision 0123456789ab, measured 2026-01-02." in text
+
+
+def test_the_page_asks_for_nothing_outside_and_is_well_formed(tmp_path: Path) -> None:
+    html = page(ROWS, [compared(tmp_path)])
+
+    class Checker(HTMLParser):
+        open_tags: list[str]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.open_tags = []
+
+        def handle_starttag(self, tag: str, attrs: list) -> None:
+            if tag not in ("meta", "img"):
+                self.open_tags.append(tag)
+            for name, value in attrs:
+                if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+                    assert value.startswith(("data:", "#")), value
+            assert tag not in ("script", "link", "iframe")
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open_tags.pop() == tag
+
+    checker = Checker()
+    checker.feed(html)
+    assert checker.open_tags == []
+    assert "url(http" not in html
+    assert "default-src 'none'" in html
+    for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
+        ElementTree.fromstring(svg)
+
+
+def compared(folder: Path) -> Path:
+    """What `sparse-dit compare` leaves."""
+    clip = np.random.default_rng(0).random((4, 32, 48, 3), dtype=np.float32)
+    write_video(clip, folder / "dense.webp")
+    write_video(clip * 0.9, folder / "sparse.webp")
+    record = {"recipe": {"name": "radial"}, "run_density": 0.4, "psnr": "inf", "prompt": "a <b> circle"}
+    (folder / "result.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_clips_are_filmstrips(tmp_path: Path) -> None:
+    html = page(ROWS, [compared(tmp_path)])
+    assert "data:image/jpeg;base64," in html
+    assert "radial, run density 0.40, inf dB: a &lt;b&gt; circle. From above: dense, sparse, difference x 8" in html
+    # Four frames of 48 pixels and as many gaps; three rows.
+    assert f'width="{4 * (48 + 3)}" height="{3 * (32 + 3)}"' in html
+
+
+def test_equal_clips_leave_nothing_to_plot() -> None:
+    html = page([row("a", 1.0, math.inf), row("b", 1.0, math.inf)])
+    assert "<svg" not in html
+    assert "nothing to plot" in html
+    assert " inf " in text_of(html)
+
+
+def test_refuses_what_it_cannot_show(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        page([])
+    with pytest.raises(ValueError, match="number 2 compares nothing"):
+        page([ROWS[0], {"schema": 1, "part": "vae"}])
+    with pytest.raises(ValueError, match=r"result\.json' cannot be read"):
+        page(ROWS, [tmp_path])
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(ValueError, match="a folder that sparse-dit compare wrote"):
+        page(ROWS, [tmp_path])
