@@ -9,50 +9,22 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sparse_dit.kernels.attention_hopper import hopper_forward_kernel
 from sparse_dit.kernels.quantize import GROUP, LOG2_E, Quantized
 
-TILE = 128  # queries a program, keys a stage
-BLOCK_K_SIZES = (32, 64, 128)
-HEAD_SIZES = (64, 72, 88, 96, 128)
 _PANEL = 64  # columns of 16 bits that one TMA box takes: 128 bytes, the widest swizzle
-# Bytes from one token, head or sample to the next, and addresses, are multiples of this.
-_ALIGNED = 16
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """TMA descriptor of [B, H, rows, columns] for boxes of `rows` by `columns`; what lies outside is read as zeros."""
     bits = 8 * x.element_size()
     # Where there is one entry its stride is never used, and may be anything; TMA wants multiples of 16 bytes.
-    strides = [8 * _ALIGNED // bits if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    strides = [128 // bits if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
     layout = gl.NVMMASharedLayout(min(128, columns * bits // 8), bits, 4)
     return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], [1, 1, rows, columns], layout)
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int) -> str | None:
-    """Why the kernel cannot take a call, or None where it can; shapes, dtypes and the device are checked before.
-
-    Args:
-        q, k, v: [B, H, S, D] in 16 bits.
-        block_q: query tokens a block of the list.
-        block_k: key tokens a block of the list.
-    """
-    if q.shape[-1] not in HEAD_SIZES:
-        return f"head size {q.shape[-1]} is not one of {HEAD_SIZES}"
-    if block_q != TILE or block_k not in BLOCK_K_SIZES:
-        return f"blocks of {block_q} by {block_k} are not {TILE} by one of {BLOCK_K_SIZES}"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        aligned = all(
-            stride * x.element_size() % _ALIGNED == 0
-            for size, stride in zip(x.shape[:3], x.stride(), strict=False)
-            if size > 1
-        )
-        if x.stride(3) != 1 or not aligned or x.data_ptr() % _ALIGNED:
-            return f"{name} is not laid out in pieces of 16 bytes"
-    return None
-
-
 def hopper_attention(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_k: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_q: int, block_k: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The contract of `ops.block_sparse_attention` where `refusal` is None, arguments already checked."""
+    """The contract of `ops.block_sparse_attention` where the Hopper kernel takes the call, arguments checked."""
     wide = _power_of_two(q.shape[-1])
     descriptors = (_descriptor(q, 64, wide), _descriptor(k, block_k, _PANEL), _descriptor(v, block_k, _PANEL))
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
@@ -97,7 +69,7 @@ def _launch(
             0 if order is None or len(order) == 1 else order.stride(0),
             *out.stride()[:3], *indices.stride(), *counts.stride(),
             heads, query_blocks, seq_q, seq_k, -(-seq_k // GROUP), head_size, scale,
-            ORDERED=order is not None, D=wide, STAGES=3 if wide == TILE else 4, num_warps=4,
+            ORDERED=order is not None, D=wide, STAGES=3 if wide == 128 else 4, num_warps=4,
         )  # fmt: skip
     return out, lse
 

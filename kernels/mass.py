@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from sparse_dit.kernels.backends import CUDA_DTYPES, TRITON_HEAD_SIZES
 from sparse_dit.kernels.blocks import BLOCK_SIZES
-from sparse_dit.kernels.ops import DTYPES, TRITON_CUDA_DTYPES, TRITON_HEAD_SIZES
+from sparse_dit.kernels.ops import DTYPES
 
 # Scores held at once by the torch path.
 SCORES = 2**22
@@ -43,7 +44,7 @@ def block_mass(q: Tensor, k: Tensor, lse: Tensor, block_q: int, block_k: int, *,
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not 0 < scale < math.inf:
         raise ValueError(f"scale: {scale!r}; valid: a positive finite number, or None for 1 / sqrt(D)")
-    if q.is_cuda and q.dtype in TRITON_CUDA_DTYPES:
+    if q.is_cuda and q.dtype in CUDA_DTYPES:
         if q.shape[-1] not in TRITON_HEAD_SIZES:
             raise ValueError(f"q: head size {q.shape[-1]}; valid on CUDA in 16 bits: one of {TRITON_HEAD_SIZES}")
         from sparse_dit.kernels.mass_triton import triton_mass

@@ -4,20 +4,17 @@ Backends are imported when they first run, so importing this module loads torch 
 """
 
 import math
-import os
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from sparse_dit.kernels.backends import chosen_backend
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.gather import gather_tokens, scatter_tokens
 
 PRECISIONS = ("native", "int8", "int8_fp8")
-BACKENDS = ("triton", "host")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-TRITON_CUDA_DTYPES = (torch.float16, torch.bfloat16)
-TRITON_HEAD_SIZES = (64, 72, 88, 96, 128, 256)
 
 
 def block_sparse_attention(
@@ -49,7 +46,7 @@ def block_sparse_attention(
             backend computes in fp32 from the same codes: it shows what a precision costs in accuracy and is not faster.
         order: int64 [1 or H, S] on q's device, each row a permutation: the ids of the tokens in the order in which they
             enter blocks; needs Sq = Sk = S. None: as they stand. Values are not read back for a check.
-        backend: "triton" or "host"; None is what `default_backend` says.
+        backend: "hopper", "triton" or "host"; None is what `backends.default_backend` says.
 
     Returns:
         out [B, H, Sq, D] in q's dtype, laid out in memory as [B, Sq, H, D]; lse fp32 [B, H, Sq], natural log. Both in
@@ -66,9 +63,7 @@ def block_sparse_attention(
         raise ValueError(f"scale: {scale!r}; valid: a positive finite number, or None for 1 / sqrt(D)")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: {precision!r}; valid: one of {PRECISIONS}")
-    backend = _chosen_backend(q, backend)
-    if backend == "triton":
-        _check_device(q, precision)
+    backend = chosen_backend(q, k, v, blocks, precision, backend)
     out, lse = _block_sparse_attention(
         q, k, v, blocks.indices, blocks.counts, order, blocks.block_q, blocks.block_k, scale, precision, backend
     )
@@ -115,38 +110,6 @@ def _check_order(q: Tensor, k: Tensor, order: Tensor | None) -> None:
         raise ValueError(f"order: on {order.device}; valid: {q.device}, where q is")
 
 
-def default_backend(q: Tensor) -> str:
-    """The backend that None stands for: "triton" for 16-bit CUDA tensors, "host" for all others."""
-    return "triton" if q.is_cuda and q.dtype in TRITON_CUDA_DTYPES else "host"
-
-
-def _chosen_backend(q: Tensor, backend: str | None) -> str:
-    chosen = default_backend(q) if backend is None else backend
-    if chosen not in BACKENDS:
-        raise ValueError(f"backend: {backend!r}; valid: one of {BACKENDS}, or None to choose by device and dtype")
-    if chosen == "triton" and q.is_cuda and q.dtype not in TRITON_CUDA_DTYPES:
-        raise ValueError(f"q: {q.dtype}; valid for backend 'triton' on CUDA: one of {TRITON_CUDA_DTYPES}")
-    if chosen == "triton" and not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"backend: 'triton' with tensors on {q.device}; valid: CUDA tensors, or backend 'host'")
-    if chosen == "triton" and not q.is_cuda and q.dtype is torch.bfloat16:
-        # The interpreter multiplies the bits of bfloat16 as integers.
-        raise ValueError("q: torch.bfloat16; valid in Triton's interpreter: torch.float16 or torch.float32")
-    if chosen == "triton" and q.shape[-1] not in TRITON_HEAD_SIZES:
-        raise ValueError(f"q: head size {q.shape[-1]}; valid for backend 'triton': one of {TRITON_HEAD_SIZES}")
-    return chosen
-
-
-def _check_device(q: Tensor, precision: str) -> None:
-    if precision != "int8_fp8" or not q.is_cuda:
-        return
-    capability = torch.cuda.get_device_capability(q.device)
-    if torch.version.hip is not None or capability < (8, 9):
-        name = torch.cuda.get_device_name(q.device)
-        raise ValueError(
-            f"precision: 'int8_fp8' on {name}; valid: NVIDIA GPUs of compute capability 8.9 or newer, or 'int8'"
-        )
-
-
 @torch.library.custom_op("sparse_dit::block_sparse_attention", mutates_args=())
 def _block_sparse_attention(
     q: Tensor,
@@ -165,7 +128,12 @@ def _block_sparse_attention(
     if precision != "native":
         from sparse_dit.kernels.quantize import quantize
 
-        codes = quantize(q, k, v, precision=precision, scale=scale, order=order, backend=backend)
+        on = "host" if backend == "host" else "triton"
+        codes = quantize(q, k, v, precision=precision, scale=scale, order=order, backend=on)
+        if backend == "hopper":
+            from sparse_dit.kernels.hopper import hopper_quantized_attention
+
+            return hopper_quantized_attention(codes, indices, counts, order, block_k, q.dtype)
         if backend == "triton":
             from sparse_dit.kernels.attention_int8 import triton_quantized_attention
 
@@ -173,7 +141,9 @@ def _block_sparse_attention(
         from sparse_dit.kernels.host import host_quantized_attention
 
         return _in_token_order(*host_quantized_attention(codes, *lists, q.dtype), order)
-    if backend == "triton":
+    if backend == "hopper":
+        from sparse_dit.kernels.hopper import hopper_attention as attention
+    elif backend == "triton":
         from sparse_dit.kernels.attention import triton_attention as attention
     else:
         from sparse_dit.kernels.host import host_attention as attention

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from sparse_dit.kernels.backends import told_backend
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
@@ -88,11 +89,13 @@ class Attended(NamedTuple):
         density: computed tile area over full area; a float64 scalar on q's device when it depends on the content, so
             that no call waits for the device.
         whole: whether `out` is that of whole attention, as a search or a cache needed it.
+        backend: which kernel computed it, as summaries print it.
     """
 
     out: torch.Tensor
     density: float | torch.Tensor
     whole: bool
+    backend: str
 
 
 def attend(
@@ -134,19 +137,20 @@ def attend(
     keeps_output = refresh and isinstance(recipe.skipped, Reuse)
     if keeps_output and whole is None:
         whole = _whole(recipe, layout, q, k, v, scale)
+    backend = told_backend(q, k, v, chosen.blocks, "native" if whole is not None else recipe.precision)
     if whole is not None and not keeps_output:
-        return Attended(whole[0], density, True)
+        return Attended(whole[0], density, True, backend)
     out, lse = block_sparse_attention(
         q, k, v, chosen.blocks, scale=scale, precision=recipe.precision, order=chosen.table
     )
     if not isinstance(recipe.skipped, Reuse):
-        return Attended(out, density, False)
+        return Attended(out, density, False, backend)
     if whole is None:
         assert slot.refreshed is not None
-        return Attended(recipe.skipped.add(out, slot, step - slot.refreshed), density, False)
+        return Attended(recipe.skipped.add(out, slot, step - slot.refreshed), density, False, backend)
     recipe.skipped.keep(slot, whole, (out, lse))
     slot.refreshed = step
-    return Attended(whole[0], density, True)
+    return Attended(whole[0], density, True, backend)
 
 
 def _choose(

@@ -20,7 +20,6 @@ from einops import rearrange
 
 from sparse_dit.calls import attend, plan
 from sparse_dit.forecast import forecast, is_dense
-from sparse_dit.kernels.ops import default_backend
 from sparse_dit.layout import TokenLayout
 from sparse_dit.recipe import Recipe, load_recipe
 from sparse_dit.state import RunState, Slot, Tally
@@ -137,9 +136,9 @@ class Run:
             slot = state.slot(layer, (layout, q.shape, q.dtype, q.device))
             done = attend(self.recipe, layout, q, k, v, scale=scale, layer=layer, step=state.step, slot=slot)
             if done.whole:
-                self.tally.count_dense("refresh", default_backend(q))
+                self.tally.count_dense("refresh", done.backend)
             else:
-                self.tally.count_sparse(done.density, default_backend(q))
+                self.tally.count_sparse(done.density, done.backend)
             return rearrange(done.out, f"{HEADS_FIRST} -> {axes}")
 
     def _check_state(self, q: torch.Tensor) -> None:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sparse_dit.kernels.backends import TRITON_HEAD_SIZES
 from sparse_dit.kernels.lists import mask_to_lists
-from sparse_dit.kernels.ops import TRITON_HEAD_SIZES, block_sparse_attention
+from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.kernels.oracle import oracle_attention
 
 BACKENDS = ["host", "triton"]

@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparse_dit.kernels.backends import TRITON_HEAD_SIZES
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.mass import block_mass, torch_mass
-from sparse_dit.kernels.ops import TRITON_HEAD_SIZES, block_sparse_attention
+from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.kernels.oracle_blocks import oracle_block_mass
 
 BACKENDS = ["torch", "triton"]

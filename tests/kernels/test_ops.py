@@ -181,7 +181,7 @@ LISTS = mask_to_lists(torch.ones(1, 1, 2, 2, dtype=torch.bool), 64, 64)
         ({"scale": float("nan")}, r"scale: nan; valid: a positive finite number, or None for 1 / sqrt\(D\)"),
         (
             {"backend": "cuda"},
-            r"backend: 'cuda'; valid: one of \('triton', 'host'\), or None to choose by device and dtype",
+            r"backend: 'cuda'; valid: one of \('hopper', 'triton', 'host'\), or None to choose by device and dtype",
         ),
         (
             {"blocks": mask_to_lists(torch.ones(1, 1, 3, 2, dtype=torch.bool), 64, 64)},

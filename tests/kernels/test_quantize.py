@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from sparse_dit.kernels.backends import TRITON_HEAD_SIZES
 from sparse_dit.kernels.gather import gather_tokens
 from sparse_dit.kernels.lists import mask_to_lists
-from sparse_dit.kernels.ops import TRITON_HEAD_SIZES, block_sparse_attention
+from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.kernels.quantize import CODE_ALIGN, GROUP, LOG2_E, quantize, rotation, sampled_mean
 
 SCALE = 0.1

@@ -1,0 +1,129 @@
+"""The Hopper kernel: on a GPU against the oracle, elsewhere why it is not taken."""
+
+import pytest
+import torch
+
+from sparse_dit.kernels.backends import HOPPER_HEAD_SIZES, default_backend, hopper_refusal
+from sparse_dit.kernels.lists import mask_to_lists
+from sparse_dit.kernels.ops import block_sparse_attention
+from sparse_dit.kernels.oracle import oracle_attention
+from sparse_dit.kernels.quantize import quantize
+
+# Relative L2 error of normal inputs, with room for short rows, where fewer roundings average out.
+LIMITS = {"int8": 0.016, "int8_fp8": 0.043}
+
+
+def blocks(seq: int, block: int) -> int:
+    return -(-seq // block)
+
+
+def error(got, expected):
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+def test_is_refused_off_hopper(qkv, random_mask):
+    q, k, v = qkv(1, 2, 256, 64, torch.float16)
+    lists = mask_to_lists(random_mask(1, 1, 2, 2), 128, 128)
+    assert hopper_refusal(q, k, v, lists, "native") == "q is torch.float16 on cpu"
+    assert default_backend(q, k, v, lists, "native") == "host"
+    with pytest.raises(
+        ValueError, match=r"^backend: 'hopper', but q is torch.float16 on cpu; valid: 'triton', or None"
+    ):
+        block_sparse_attention(q, k, v, lists, backend="hopper")
+
+
+@pytest.mark.gpu
+class TestCuda:
+    @pytest.fixture(autouse=True)
+    def _on_hopper(self):
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs a Hopper GPU")
+
+    @pytest.mark.parametrize("head_size", HOPPER_HEAD_SIZES)
+    @pytest.mark.parametrize("seq", [1, 63, 127, 129, 500, 1000])
+    def test_ragged_lengths(self, check, qkv, random_mask, seq, head_size):
+        q, k, v = qkv(2, 3, seq, head_size, torch.bfloat16, "cuda")
+        torch.full((2**24,), torch.nan, device="cuda")  # what fresh memory will hold
+        check(q, k, v, random_mask(2, 3, blocks(seq, 128), blocks(seq, 64)).cuda(), 128, 64, "hopper")
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("head_size", [64, 128])
+    @pytest.mark.parametrize("block_k", [32, 64, 128])
+    def test_block_sizes(self, check, qkv, random_mask, block_k, head_size, dtype):
+        q, k, v = qkv(1, 2, 2304, head_size, dtype, "cuda")
+        check(q, k, v, random_mask(1, 1, 18, blocks(2304, block_k)).cuda(), 128, block_k, "hopper")
+
+    def test_cross_lengths_and_shared_lists(self, check, qkv, random_mask):
+        q, k, v = qkv(2, 4, 300, 64, torch.bfloat16, "cuda", seq_k=1100)
+        check(q, k, v, random_mask(1, 1, 3, blocks(1100, 64)).cuda(), 128, 64, "hopper")
+
+    def test_model_size_with_dense_text_rows(self, check, qkv, random_mask):
+        q, k, v = qkv(1, 1, 17_776, 64, torch.bfloat16, "cuda")
+        mask = random_mask(1, 1, 139, 139, density=0.2).cuda()
+        mask[..., -2:, :] = True
+        mask[..., -2:] = True
+        check(q, k, v, mask, 128, 128, "hopper")
+
+    def test_views_with_offsets(self, check, random_mask):
+        memory = torch.randn(2, 333, 3, 4, 64, device="cuda", dtype=torch.bfloat16)
+        q, k, v = (memory[:, 33:, i].transpose(1, 2) for i in range(3))
+        check(q, k, v, random_mask(1, 1, 3, 3).cuda(), 128, 128, "hopper")
+
+    def test_offsets_beyond_two_gigabytes(self, check, random_mask):
+        memory = torch.randn(130, 2**25 // 64, 64, device="cuda", dtype=torch.bfloat16)  # tokens 2^25 elements apart
+        last = memory.shape[1] - 1
+        q, k, v = (memory[:, i : i + 1].transpose(0, 1)[None] for i in (0, 1, last))
+        check(q, k, v, random_mask(1, 1, 2, 2).cuda(), 128, 128, "hopper")
+
+    def test_agrees_with_triton(self, qkv, random_mask):
+        q, k, v = qkv(1, 4, 2304, 128, torch.bfloat16, "cuda")
+        lists = mask_to_lists(random_mask(1, 4, 18, 36).cuda(), 128, 64)
+        assert default_backend(q, k, v, lists, "native") == "hopper"
+        hopper, hopper_lse = block_sparse_attention(q, k, v, lists)
+        triton, triton_lse = block_sparse_attention(q, k, v, lists, backend="triton")
+        torch.testing.assert_close(hopper, triton, atol=2**-6, rtol=2**-6)
+        torch.testing.assert_close(hopper_lse, triton_lse, atol=1e-4, rtol=1e-5)
+
+    @pytest.mark.parametrize("ordered", [False, True])
+    @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
+    @pytest.mark.parametrize("head_size", HOPPER_HEAD_SIZES)
+    @pytest.mark.parametrize("seq", [1, 65, 129, 500, 1000])
+    def test_codes(self, qkv, random_mask, seq, head_size, precision, ordered):
+        """Against attention over what the codes stand for (the kernel's own roundings), and over q, k and v."""
+        q, k, v = qkv(2, 2, seq, head_size, torch.bfloat16, "cuda")
+        mask = random_mask(1, 2, blocks(seq, 128), blocks(seq, 64)).cuda()
+        order = torch.stack([torch.randperm(seq, device="cuda") for _ in range(2)]) if ordered else None
+        torch.full((2**24,), torch.nan, device="cuda")
+        out, lse = block_sparse_attention(
+            q, k, v, mask_to_lists(mask, 128, 64), precision=precision, order=order, backend="hopper"
+        )
+        heads = torch.arange(2, device="cuda")[:, None]
+        if order is not None:
+            q, k, v, out, lse = (x[:, heads, order] for x in (q, k, v, out, lse))
+        expected, expected_lse = oracle_attention(q, k, v, mask, 128, 64)
+        assert error(out, expected) <= LIMITS[precision]
+        torch.testing.assert_close(lse.double(), expected_lse, atol=0.1, rtol=0)
+        codes = quantize(q, k, v, precision=precision, scale=head_size**-0.5, backend="triton")
+        meant_q, meant_k, meant_v = codes.dequantized()
+        meant, _ = oracle_attention(meant_q, meant_k, meant_v, mask, 128, 64, scale=0.6931471805599453)
+        # What is left are the roundings of the weights: 2^-9 each in bf16, 2^-4 in E4M3, both averaged out in part.
+        assert error(out, meant) <= (0.03 if precision == "int8_fp8" else 0.004)
+
+    @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
+    @pytest.mark.parametrize("block_k", [64, 128])
+    def test_codes_at_a_model_size(self, qkv, random_mask, block_k, precision):
+        q, k, v = qkv(1, 2, 2304, 128, torch.float16, "cuda")
+        mask = random_mask(1, 1, 18, blocks(2304, block_k)).cuda()
+        out, _ = block_sparse_attention(q, k, v, mask_to_lists(mask, 128, block_k), precision=precision)
+        assert (
+            error(out, oracle_attention(q, k, v, mask, 128, block_k)[0]) <= {"int8": 0.015, "int8_fp8": 0.04}[precision]
+        )
+
+    def test_refuses_what_it_cannot_take(self, qkv, random_mask):
+        q, k, v = qkv(1, 2, 256, 256, torch.bfloat16, "cuda")
+        lists = mask_to_lists(random_mask(1, 1, 2, 2).cuda(), 128, 128)
+        assert hopper_refusal(q, k, v, lists, "native") == "head size 256 is not one of (64, 72, 88, 96, 128)"
+        assert default_backend(q, k, v, lists, "native") == "triton"
+        q, k, v = qkv(1, 2, 256, 64, torch.bfloat16, "cuda")
+        finer = mask_to_lists(random_mask(1, 1, 4, 4).cuda(), 64, 64)
+        assert hopper_refusal(q, k, v, finer, "native").startswith("blocks of 64 by 64 are not 128 by one of")
