@@ -122,7 +122,9 @@ def explain(
         recipe: as `enable`.
         height, width: of the video or image, in pixels; for a bare transformer of its latents.
         num_frames: frames of the video; for a bare transformer of its latents.
-        num_inference_steps: denoising steps. A bare transformer knows no schedule: its noise levels fall evenly.
+        num_inference_steps: denoising steps. Their noise levels are the scheduler's own; some pipelines (FLUX,
+            Qwen-Image, LTX, HunyuanVideo, Mochi) pass others, which differ by less than a step. A bare transformer
+            knows no schedule: its noise levels fall evenly.
         text_tokens: text tokens of the prompt in the self-attention; `None` is what is usual for the model.
 
     Raises:

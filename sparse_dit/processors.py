@@ -56,9 +56,7 @@ def _next_call() -> tuple[Layer, int]:
     """The layer that makes a call, and which of its calls in this forward it is."""
     current = _current()
     assert current.site is not None
-    index = current.calls
-    if current.site.tokens.apart:
-        current.calls += 1
+    index, current.calls = current.calls, current.calls + 1
     return current.site, index
 
 
@@ -67,18 +65,22 @@ class _Exchange:
     attention: torch.nn.Module
     layer: Layer
     original: Any = field(init=False)
-    rebound: Any = field(init=False)
+    rebound: Any = None
 
     def put(self) -> None:
         """Put a rebound copy of the processor that is in the slot in its place."""
         found: Any = self.attention.processor
+        if self.rebound is not None:
+            # Whoever still holds the last one gets the model's own attention from it.
+            self.rebound.site = None
         # Left behind by an earlier installation, such as `unfuse_qkv_projections` brings back: its own stock counts.
-        self.original = vars(found).get(_STOCK, found)
+        (self.original,) = vars(found).get(_STOCK, (found,))
         self.layer.home = self.original.__class__.__call__.__module__
         self.rebound = copy.copy(self.original)
         self.rebound.__class__ = _rebound_class(self.original.__class__)
         self.rebound.site = self.layer
-        setattr(self.rebound, _STOCK, self.original)
+        # In a tuple, as adapters' processors are modules, which would make it a part of the model.
+        setattr(self.rebound, _STOCK, (self.original,))
         self.attention.processor = self.rebound
 
 
@@ -131,7 +133,6 @@ class Installed:
         """
         for exchange in self._exchanges:
             original, rebound = exchange.original, exchange.rebound
-            # Whoever still holds it, as `fuse_qkv_projections` does, gets the model's own attention from it.
             rebound.site = None
             if exchange.attention.processor is not rebound:
                 continue

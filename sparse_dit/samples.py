@@ -104,6 +104,9 @@ class Layer(Site):
         Returns:
             The output with the axes `axes`; zeros where the sequence is padding.
         """
+        if index > 0 and refusal == "cross_attention":
+            # An adapter's own attention, to the tokens of an image for example, next to the self-attention.
+            return dense(q, k, v, mask)
         if mask is not None and not self.tokens.removes_masks:
             refusal = refusal or "mask"
         if refusal is not None or not self.tokens.read:
@@ -138,7 +141,9 @@ class Layer(Site):
         if len(samples) == 1 and (mask is None or samples[0].layout.length == q.shape[axis]):
             with self._sample(samples[0], index if tokens.apart else None):
                 return call(q, k, v, refusal=None, dense=functools.partial(dense, q, k, v, None))
-        if mask is None or max(begin + length for x in samples for begin, length in x.spans()) > q.shape[axis]:
+        ends = (begin + length for sample in samples for begin, length in sample.spans())
+        # A cache may have taken samples out of the batch after the forward's arguments were read.
+        if mask is None or len(samples) not in (1, q.shape[0]) or max(ends) > q.shape[axis]:
             for _ in samples[1:]:  # planned as one call a sample
                 self.run.tally.count_dense("unknown_grid")
             return call(q, k, v, refusal="unknown_grid", dense=functools.partial(dense, q, k, v, mask))

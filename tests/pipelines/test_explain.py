@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import diffusers
 import pytest
+import torch
 from diffusers import WanPipeline
 
 from sparse_dit.pipelines.patch import enable, explain, summary
@@ -55,3 +57,63 @@ def test_explain_refuses_sizes_below_one(pipe: WanPipeline, size: str) -> None:
     sizes = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, size: 0}
     with pytest.raises(ValueError, match=f"^{size}: 0; valid: "):
         explain(pipe, SPARSE, **sizes)
+
+
+def flux_pipeline() -> tuple[Any, dict[str, Any]]:
+    """Latents packed by the pipeline, a timestep from 1 to 0, guidance distilled into the model."""
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,), latent_channels=1, norm_num_groups=1, use_quant_conv=False, use_post_quant_conv=False,
+        shift_factor=0.1, scaling_factor=1.5,
+    )  # fmt: skip
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = diffusers.FluxPipeline(transformer=transformer.eval(), vae=vae.eval(), scheduler=scheduler, **nothing)
+    texts = {"prompt_embeds": torch.randn(1, 11, 32), "pooled_prompt_embeds": torch.randn(1, 32)}
+    return pipe, {"height": 20, "width": 24, **texts}
+
+
+def cogvideo_pipeline() -> tuple[Any, dict[str, Any]]:
+    """Both branches in one batch, text in front, latents with the frames first."""
+    vae = diffusers.AutoencoderKLCogVideoX(
+        in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        temporal_compression_ratio=4, block_out_channels=(8, 8, 8, 8),
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+    )  # fmt: skip
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=4,
+        text_embed_dim=32, num_layers=2, sample_width=12, sample_height=12, sample_frames=9, max_text_seq_length=11,
+    )  # fmt: skip
+    scheduler = diffusers.CogVideoXDDIMScheduler()
+    pipe = diffusers.CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=vae.eval(), transformer=transformer.eval(), scheduler=scheduler
+    )
+    texts = {name: torch.randn(1, 11, 32) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    return pipe, {"height": 96, "width": 96, "num_frames": 9, "max_sequence_length": 11, **texts}
+
+
+@pytest.mark.parametrize("make", [flux_pipeline, cogvideo_pipeline])
+def test_explain_of_other_pipelines_tells_what_the_run_then_does(make: Any) -> None:
+    torch.manual_seed(0)
+    pipe, arguments = make()
+    pipe.set_progress_bar_config(disable=True)
+    recipe = {**SPARSE, "schedule": {"dense_steps": 1, "dense_layers": [1]}}
+    size = {name: arguments[name] for name in ("height", "width", "num_frames") if name in arguments}
+    told = explain(pipe, recipe, **size, num_inference_steps=4, text_tokens=11)
+    enable(pipe, recipe, strict=True)
+    pipe(**arguments, num_inference_steps=4, output_type="latent")
+    counts = summary(pipe)
+    assert (told.text_before, told.text_after) == (11, 0)
+    assert told.density == pytest.approx(counts.density)
+    assert told.run_density == pytest.approx(counts.run_density)
+    assert sum(step.sparse_layers for step in told.steps) == counts.sparse
+    assert set(counts.dense) == {"dense_steps", "dense_layers"}
+
+
+def test_explain_of_a_selection_that_the_content_decides(pipe: WanPipeline) -> None:
+    told = explain(pipe, "sol", height=64, width=64, num_frames=9, num_inference_steps=3)
+    assert (told.density, told.run_density) == (None, None)
+    assert "as the content decides" in str(told)

@@ -210,6 +210,70 @@ def test_removing_leaves_the_processors_of_others_alone() -> None:
     assert attention.processor is newer
 
 
+class Adapted:
+    """Attends to itself, then to the tokens of an adapter."""
+
+    def __call__(self, attn: Any, x: torch.Tensor, image: torch.Tensor) -> Any:
+        return F.scaled_dot_product_attention(x, x, x) + F.scaled_dot_product_attention(x, image, image)
+
+
+def test_an_adapter_next_to_the_self_attention_is_not_counted() -> None:
+    run, _, (attention,) = install(Adapted())
+    x, image = torch.randn(1, 2, LAYOUT.length, 64), torch.randn(1, 2, 7, 64)
+    own = sparse_attention(x, x, x, grid=LAYOUT.grid, recipe=run.recipe)
+    assert torch.equal(attention(x, image=image), own + F.scaled_dot_product_attention(x, image, image))
+    run.end_forward()
+    assert (run.tally.summary().made, run.tally.summary().sparse) == (1, 1)
+
+
+def test_a_processor_put_in_later_is_rebound_by_renewing() -> None:
+    run, installed, (attention,) = install(DispatchProcessor())
+    stale: Any = attention.processor
+    attention.processor = newer = FunctionalProcessor()
+    installed.renew()
+    attention(tokens())
+    run.end_forward()
+    assert run.tally.summary().sparse == 1
+    # What was in the slot before has become the model's own attention again.
+    assert torch.allclose(stale(attention, tokens()), Attention(DispatchProcessor())(tokens()), atol=1e-6)
+    installed.remove()
+    assert attention.processor is newer
+
+
+def test_a_rebound_processor_is_never_rebound_twice() -> None:
+    original = DispatchProcessor()
+    _, first, (attention,) = install(original)
+    stale = attention.processor
+    first.remove()
+    attention.processor = stale
+    second = Installed(Run(Recipe(selection=Radial(density=0.4), block_q=16, block_k=16)), [attention])
+    assert type(attention.processor) is type(stale)
+    second.remove()
+    assert attention.processor is original
+
+
+class ModuleProcessor(torch.nn.Module):
+    """A processor with weights, as adapters bring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def __call__(self, attn: Any, x: torch.Tensor) -> Any:
+        return self.weight * F.scaled_dot_product_attention(x, x, x)
+
+
+def test_a_processor_with_weights_stays_one_part_of_the_model() -> None:
+    original = ModuleProcessor()
+    attention = Attention(original)
+    keys = list(attention.state_dict())
+    installed = Installed(Run(Recipe()), [attention])
+    assert list(attention.state_dict()) == keys
+    assert attention.processor.weight is original.weight
+    installed.remove()
+    assert attention.processor is original
+
+
 class Breaking:
     """A processor that Dynamo cannot trace in one piece."""
 

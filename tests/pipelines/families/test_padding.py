@@ -170,3 +170,20 @@ def test_samples_tell_the_stretches_that_count() -> None:
     layout = TokenLayout((1, 4, 5), 3, 2)
     assert Sample(layout).spans() == ((0, 25),)
     assert Sample(layout, gap=4).spans() == ((0, 3), (7, 22))
+
+
+def test_samples_that_a_cache_takes_out_of_the_batch(build_model: Callable[..., Any]) -> None:
+    """FasterCache cuts the batch in half inside the forward, after its arguments were read."""
+    model = build_model("QwenImageTransformer2DModel")
+    pair(model)
+    stock = model.transformer.forward
+
+    def second_half(**arguments: Any) -> Any:
+        arguments["img_shapes"] = arguments["img_shapes"][1:]
+        return stock(**{name: x[1:] if isinstance(x, torch.Tensor) else x for name, x in arguments.items()})
+
+    model.transformer.forward = second_half
+    expected = model.forward()
+    enable(model.transformer, SPARSE, strict=True)
+    assert torch.equal(model.forward(), expected)
+    assert summary(model.transformer).dense == {"unknown_grid": 2 * model.tiny.layers}
