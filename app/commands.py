@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DENSITIES = [0.5, 0.3, 0.2]
 DENSE_FRACTIONS = [0.0, 0.25]
 ROWS = ["eval/results/radial-tiny-wan.jsonl"]
-CLIPS: list[str] = []
+NONE: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,35 @@ def compare_files(video: str, reference: str, /, json: bool = False) -> None:
         tables.print_file_comparison(row)
 
 
+def probe(request: Request, setup: Setup, rows: int = 16, out: str = "outputs/probe.jsonl") -> None:
+    """Tell what a recipe keeps of the attention of every layer, head and step.
+
+    Args:
+        request: what to generate.
+        setup: with what.
+        rows: query rows sampled in each attention call.
+        out: the JSONL file that a row is appended to.
+    """
+    from sparse_dit.eval import results
+    from sparse_dit.eval.probe import probe as look
+    from sparse_dit.recipe import load_recipe
+
+    recipe = load_recipe(setup.recipe)
+    if rows < 1:
+        raise ValueError(f"rows: {rows}; valid: a whole number from 1")
+    file = Path(out)
+    results.load_rows(file)
+    with output_folder(file.parent):
+        row = look(setup.load(), request, recipe, model=setup.model, rows=rows)
+    results.append_row(file, row)
+    tables.print_probe(row)
+    print(f"wrote {file}")
+
+
 def report(
     rows: list[str] = ROWS,
-    clips: list[str] = CLIPS,
+    clips: list[str] = NONE,
+    probes: list[str] = NONE,
     out: str = "outputs/report.html",
 ) -> None:
     """Make a page of plots and tables from result rows.
@@ -207,17 +233,19 @@ def report(
     Args:
         rows: JSONL files, as eval writes them.
         clips: folders that compare wrote, to be shown as filmstrips.
+        probes: JSONL files that probe wrote, to be shown as heat maps.
         out: the HTML file; it holds everything it shows.
     """
     from sparse_dit.eval.page import page
     from sparse_dit.eval.results import load_rows
 
     file = Path(out)
-    missing = [name for name in rows if not Path(name).is_file()]
+    missing = [name for name in (*rows, *probes) if not Path(name).is_file()]
     if missing:
-        raise ValueError(f"rows: {missing[0]!r} is no file; valid: a JSONL file that eval wrote")
+        raise ValueError(f"rows: {missing[0]!r} is no file; valid: a JSONL file that eval or probe wrote")
+    compared, probed = ([row for name in names for row in load_rows(Path(name))] for names in (rows, probes))
     with output_folder(file.parent) as folder:
-        text = page([row for name in rows for row in load_rows(Path(name))], [Path(name) for name in clips])
+        text = page(compared, [Path(name) for name in clips], probed)
         (folder / file.name).write_text(text, encoding="utf-8")
     print(f"wrote {file}")
 
@@ -229,6 +257,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], frozenset[str]]] = {
     "methods": (methods, frozenset()),
     "explain": (explain, frozenset({"prompt", "negative_prompt", "seed"})),
     "eval": (evaluate, frozenset({"prompt"})),
+    "probe": (probe, frozenset()),
     "compare-files": (compare_files, frozenset()),
     "report": (report, frozenset()),
 }

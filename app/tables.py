@@ -59,6 +59,22 @@ def print_file_comparison(row: dict[str, Any]) -> None:
     _print_missing(console, row)
 
 
+def print_probe(row: dict[str, Any]) -> None:
+    """One table of what a recipe kept, a line a layer."""
+    table = Table(title=f"{row['model']}, {row['recipe']['name']}: sparse calls, {row['rows']} sampled rows each")
+    for column in ("layer", "density", "kept mass", "worst row", "error of the output"):
+        table.add_column(column, justify="right")
+    for layer, heads in enumerate(row["by_head"]["density"]):
+        if heads is None:
+            table.add_row(str(layer), "dense", "", "", "")
+            continue
+        means = {name: sum(found[layer]) / len(heads) for name, found in row["by_head"].items() if found is not None}
+        error = f"{means['error']:.4f}" if "error" in means else "-"
+        worst = min(row["by_head"]["recall_min"][layer])
+        table.add_row(str(layer), f"{means['density']:.3f}", f"{means['recall']:.4f}", f"{worst:.4f}", error)
+    Console().print(table)
+
+
 def _print_missing(console: Console, row: dict[str, Any]) -> None:
     """Why LPIPS was not measured, where it was not."""
     from sparse_dit.eval.perceptual import missing

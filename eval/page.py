@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from sparse_dit.eval.filmstrip import data_uri, filmstrip, read_comparison
-from sparse_dit.eval.plots import pareto
+from sparse_dit.eval.plots import heat_map, pareto
 from sparse_dit.eval.results import Row
 from sparse_dit.eval.settings import Setting, interval, paired, places, settings
 
@@ -45,27 +45,42 @@ _NOTE = (
 )
 
 
-def page(rows: Sequence[Row], clips: Sequence[Path] = ()) -> str:
-    """The report as HTML: for each model and device plots, a table of settings and their differences; then filmstrips.
+_INSIDE = (
+    ("density", "density", "computed share of an attention call, mean over heads"),
+    ("recall", "kept attention mass", "share of whole attention's mass on computed keys, mean over heads"),
+    ("recall_min", "kept mass, worst row", "the smallest such share of a sampled row of any head"),
+    ("error", "relative L2 error", "of the attention output, mean over heads"),
+)
+
+
+def page(rows: Sequence[Row], clips: Sequence[Path] = (), probes: Sequence[Row] = ()) -> str:
+    """The report as HTML: for each model and device plots, a table of settings and their differences; then the rest.
 
     Args:
         rows: as `sparse-dit eval` writes them.
         clips: folders that `sparse-dit compare` wrote, shown as filmstrips.
+        probes: rows that `sparse-dit probe` wrote, shown as heat maps by layer and step.
 
     Raises:
-        ValueError: no row or one of another kind, a folder without clips, or no matplotlib.
+        ValueError: no row, one of another kind, a folder without clips, or no matplotlib.
     """
     if not rows:
         raise ValueError("rows: there are none; valid: at least one")
     for number, row in enumerate(rows, start=1):
         if not {"recipe", "psnr", "grid", "device"} <= row.keys():
             raise ValueError(f"rows: number {number} compares nothing; valid: rows that eval wrote")
+    for number, row in enumerate(probes, start=1):
+        if "by_step" not in row:
+            raise ValueError(f"probes: row {number} looks into no model; valid: rows that probe wrote")
     parts = [_HEAD, "<h1>Sparse against dense attention</h1>\n", f'<p class="note">{_NOTE}</p>\n']
     for number, (place, group) in enumerate(places(rows).items()):
         found = settings(group)
         parts += [f"<h2>{escape(place)}</h2>\n", _plots(found, number), _settings_table(found)]
         if len(found) > 1:
             parts.append(_differences_table(found))
+    if probes:
+        parts.append("<h2>Inside the model</h2>\n")
+        parts += [_inside(row, number) for number, row in enumerate(probes)]
     if clips:
         parts.append("<h2>Clips</h2>\n")
         parts += [_filmstrip(folder) for folder in clips]
@@ -131,6 +146,22 @@ def _differences_table(found: Sequence[Setting]) -> str:
             lines.append((setting.label, *cells, str(len(pairs[0][0]))))
     title = f"<h3>Differences from {escape(best.label)}, paired by clip</h3>\n"
     return title + _table(("setting", "PSNR (dB)", "SSIM", "seconds of a run", "pairs"), lines)
+
+
+def _inside(row: Row, number: int) -> str:
+    """Heat maps of one probed run; white is dense."""
+    figures = []
+    for name, label, meaning in _INSIDE:
+        if row["by_step"][name] is not None:
+            svg = heat_map(row["by_step"][name], label, f"probe-{number}-{name}")
+            figures.append(_figure(svg, label, f"{label.capitalize()}: {meaning}. White: dense."))
+    title = f"{row['recipe']['name']} in {row['model']}, {row['rows']} sampled rows a call: {row['prompt']}"
+    return f'<h3>{escape(title)}</h3>\n<div class="plots">{"".join(figures)}</div>\n'
+
+
+def _figure(svg: str, title: str, caption: str) -> str:
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>\n"
 
 
 def _filmstrip(folder: Path) -> str:

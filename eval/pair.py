@@ -155,9 +155,17 @@ def asking(pipe: DiffusionPipeline, request: Request) -> results.Row:
 
 
 def plan_arguments(pipe: DiffusionPipeline, request: Request) -> dict[str, int]:
-    """What `explain` needs to know of a request: size and steps."""
+    """What `explain` needs to know of a request: size and steps; images have no number of frames.
+
+    Raises:
+        ValueError: the request leaves the size to a pipeline whose call has no default for it.
+    """
     arguments = call_arguments(pipe, request)
-    return {name: arguments[name] for name in ("height", "width", "num_frames", "num_inference_steps")}
+    for name in ("height", "width"):
+        if name not in arguments:
+            raise ValueError(f"{name}: {type(pipe).__name__} has no default for it; valid: a whole number from 1")
+    names = ("height", "width", "num_frames", "num_inference_steps")
+    return {name: arguments[name] for name in names if name in arguments}
 
 
 def _cost(sparse_run: Run, dense: Run) -> results.Row:

@@ -1,4 +1,4 @@
-"""Plots of settings as SVG text that can stand inside a page."""
+"""Plots of settings and of what happens inside a model, as SVG text that can stand inside a page."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from sparse_dit.eval.settings import Setting, front, interval
 
@@ -36,7 +38,7 @@ def pareto(settings: Sequence[Setting], cost: Callable[[Setting], float], label:
     pyplot = _pyplot()
     colors = _numbered([setting.name for setting, _, _ in drawable])
     markers = _numbered([setting.dense_steps for setting, _, _ in drawable])
-    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "font.family": "sans-serif"}):
+    with pyplot.rc_context(_style(name)):
         figure, axes = pyplot.subplots(figsize=(4.4, 3.4), layout="constrained")
         for setting, x, y in drawable:
             ends = interval(setting.values("psnr"))
@@ -60,9 +62,44 @@ def pareto(settings: Sequence[Setting], cost: Callable[[Setting], float], label:
         axes.legend(handles=handles, fontsize=7, frameon=False)
         axes.set(xlabel=label, ylabel="PSNR against dense (dB)")
         axes.grid(alpha=0.3, linewidth=0.5)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-        pyplot.close(figure)
+        return _svg(figure)
+
+
+def heat_map(table: Sequence[Sequence[float | None]], label: str, name: str) -> str:
+    """A figure by layer and step; cells without one, where calls were dense, stay white.
+
+    Args:
+        table: [steps][layers].
+        label: of the colour bar.
+        name: of the picture within its page.
+
+    Returns:
+        An `<svg>` element.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    cells = np.array([[np.nan if cell is None else cell for cell in line] for line in table], dtype=float).T
+    with pyplot.rc_context(_style(name)):
+        figure, axes = pyplot.subplots(figsize=(4.4, 3.0), layout="constrained")
+        picture = axes.pcolormesh(np.ma.masked_invalid(cells), cmap="viridis")
+        figure.colorbar(picture, ax=axes, label=label)
+        axes.set(xlabel="denoising step", ylabel="self-attention layer")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(pyplot.MaxNLocator(integer=True, nbins=8))
+        return _svg(figure)
+
+
+def _style(name: str) -> dict[str, Any]:
+    return {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "font.family": "sans-serif"}
+
+
+def _svg(figure: Any) -> str:
+    """The figure as an element, and closed."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    _pyplot().close(figure)
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
 

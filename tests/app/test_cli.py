@@ -19,6 +19,7 @@ from sparse_dit.recipe import load_recipe, recipe_names
 
 SIZE = ["--height", "64", "--width", "64", "--num_frames", "9", "--steps", "3"]
 PROMPT = ["--prompt", "a small red circle moves right"]
+ROWS = Path(__file__).parents[2] / "eval" / "results" / "radial-tiny-wan.jsonl"
 SMALL_BLOCKS = ["--recipe.block_q", "32", "--recipe.block_k", "32", "--recipe.schedule.dense_steps", "1"]
 
 
@@ -166,10 +167,23 @@ def test_compare_files_measures_videos(tmp_path: Path, capsys: pytest.CaptureFix
     assert row["schema"] == 1
 
 
+def test_probe_looks_inside_and_report_shows_it(mini_wan: Path, tmp_path: Path, capsys) -> None:
+    out, page = tmp_path / "probe.jsonl", tmp_path / "report.html"
+    arguments = ["probe", "--model", str(mini_wan), *PROMPT, *SIZE, *SMALL_BLOCKS, "--rows", "4", "--out", str(out)]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "kept mass" in shown
+    assert str(out) in shown
+    [row] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row["by_step"]["recall"][0] == [None, None]
+    assert all(0 < recall <= 1 for step in row["by_step"]["recall"][1:] for recall in step)
+    assert main(["report", "--rows", str(ROWS), "--probes", str(out), "--out", str(page)]) == 0
+    assert page.read_text(encoding="utf-8").count("<svg") == 3 + 4
+
+
 def test_report_makes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = Path(__file__).parents[2] / "eval" / "results" / "radial-tiny-wan.jsonl"
     out = tmp_path / "new" / "report.html"
-    assert main(["report", "--rows", str(rows), "--out", str(out)]) == 0
+    assert main(["report", "--rows", str(ROWS), "--out", str(out)]) == 0
     assert files(tmp_path) == ["new", "new/report.html"]
     assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert str(out) in capsys.readouterr().out
@@ -255,6 +269,8 @@ BAD = {
     "density of a sweep": (["eval", "--densities", "2"], "(0, 1]"),
     "batch of a sweep": (["eval", "--batch", "0"], "from 1"),
     "missing rows": (["report", "--rows", "no/such.jsonl"], "no/such.jsonl"),
+    "missing probes": (["report", "--probes", "no/such.jsonl"], "valid: a JSONL file"),
+    "rows of zero": (["probe", *PROMPT, "--rows", "0"], "from 1"),
     "missing video": (["compare-files", "no.mp4", "such.mp4"], "no.mp4"),
     "one video": (["compare-files", "no.mp4"], "reference"),
     "unknown option of files": (["compare-files", "a.mp4", "b.mp4", "--jsn"], "--json"),

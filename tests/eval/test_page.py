@@ -107,6 +107,24 @@ def test_clips_are_filmstrips(tmp_path: Path) -> None:
     assert f'width="{4 * (48 + 3)}" height="{3 * (32 + 3)}"' in html
 
 
+def test_probes_are_heat_maps() -> None:
+    table = [[None, 0.5], [0.25, 1.0]]
+    probed = {
+        "recipe": {"name": "radial"},
+        "model": "tiny-wan",
+        "rows": 16,
+        "prompt": "a circle",
+        "by_step": {"density": table, "recall": table, "recall_min": table, "error": None},
+    }
+    html = page(ROWS, probes=[probed])
+    assert html.count("<svg") == 3 + 3
+    text = text_of(html)
+    assert "radial in tiny-wan, 16 sampled rows a call: a circle" in text
+    assert "self-attention layer" in text
+    assert "Density: computed share" in text
+    assert "relative L2" not in text
+
+
 def test_equal_clips_leave_nothing_to_plot() -> None:
     html = page([row("a", 1.0, math.inf), row("b", 1.0, math.inf)])
     assert "<svg" not in html
@@ -119,6 +137,8 @@ def test_refuses_what_it_cannot_show(tmp_path: Path) -> None:
         page([])
     with pytest.raises(ValueError, match="number 2 compares nothing"):
         page([ROWS[0], {"schema": 1, "part": "vae"}])
+    with pytest.raises(ValueError, match="row 1 looks into no model"):
+        page(ROWS, probes=[ROWS[0]])
     with pytest.raises(ValueError, match=r"result\.json' cannot be read"):
         page(ROWS, [tmp_path])
     (tmp_path / "result.json").write_text("{}")

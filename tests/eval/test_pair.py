@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,3 +65,17 @@ def test_a_batch_gives_the_figures_of_single_runs(pipe) -> None:
                 assert together.record[name] == alone.record[name]
             assert (together.record["batch"], alone.record["batch"]) == (2, 1)
     assert batches[0][0].record["seconds_dense"] == batches[1][1].record["seconds_dense"], "dense ran more than once"
+
+
+def test_a_plan_needs_the_size_and_no_frames_of_an_image() -> None:
+    class ImagePipeline:
+        config = SimpleNamespace(_name_or_path="")
+
+        def __call__(
+            self, prompt: str, height: int | None = None, width: int = 64, num_inference_steps: int = 8
+        ) -> None: ...
+
+    with pytest.raises(ValueError, match="height: ImagePipeline has no default for it"):
+        pair.plan_arguments(ImagePipeline(), Request("x"))
+    planned = pair.plan_arguments(ImagePipeline(), Request("x", height=32))
+    assert planned == {"height": 32, "width": 64, "num_inference_steps": 8}
