@@ -23,8 +23,8 @@ _HEAD = """<!doctype html>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 1180px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } h3 { font-size: 1rem; }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
-.plots figure { flex: 1 1 320px; max-width: 560px; margin: 0; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(320px, 100%), 1fr)); gap: 1rem; }
+.plots figure { margin: 0; }
 .plots svg, img { width: 100%; height: auto; }
 figure { margin: 0 0 1.5rem; } figcaption, .note { color: #555; font-size: 0.87rem; }
 .wide { overflow-x: auto; margin-top: 1rem; }
@@ -154,7 +154,7 @@ def _inside(row: Row, number: int) -> str:
     for name, label, meaning in _INSIDE:
         if row["by_step"][name] is not None:
             svg = heat_map(row["by_step"][name], label, f"probe-{number}-{name}")
-            figures.append(_figure(svg, label, f"{label.capitalize()}: {meaning}. White: dense."))
+            figures.append(_figure(svg, label, f"{label[0].upper()}{label[1:]}: {meaning}. White: dense."))
     title = f"{row['recipe']['name']} in {row['model']}, {row['rows']} sampled rows a call: {row['prompt']}"
     return f'<h3>{escape(title)}</h3>\n<div class="plots">{"".join(figures)}</div>\n'
 

@@ -83,7 +83,8 @@ def heat_map(table: Sequence[Sequence[float | None]], label: str, name: str) -> 
     cells = np.array([[np.nan if cell is None else cell for cell in line] for line in table], dtype=float).T
     with pyplot.rc_context(_style(name)):
         figure, axes = pyplot.subplots(figsize=(4.4, 3.0), layout="constrained")
-        picture = axes.pcolormesh(np.ma.masked_invalid(cells), cmap="viridis")
+        edges = [np.arange(size + 1) - 0.5 for size in reversed(cells.shape)]  # ticks stand in the middle of a cell
+        picture = axes.pcolormesh(*edges, np.ma.masked_invalid(cells), cmap="viridis")
         figure.colorbar(picture, ax=axes, label=label)
         axes.set(xlabel="denoising step", ylabel="self-attention layer")
         for axis in (axes.xaxis, axes.yaxis):
