@@ -163,7 +163,7 @@ def test_random_lists(check_codes, qkv, random_mask, seq, head_size, block_q, bl
 
 @pytest.mark.parametrize(("capability", "hip"), [((8, 6), None), ((9, 4), "6.4")])
 def test_gpus_without_e4m3_are_refused(monkeypatch, capability, hip):
-    from sparse_dit.kernels import ops
+    from sparse_dit.kernels import backends
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
@@ -172,11 +172,11 @@ def test_gpus_without_e4m3_are_refused(monkeypatch, capability, hip):
     class OnCuda:
         is_cuda, device = True, "cuda"
 
-    ops._check_device(OnCuda(), "int8")
+    backends._check_fp8(OnCuda(), "int8")
     with pytest.raises(
         ValueError, match=r"^precision: 'int8_fp8' on GPU; valid: NVIDIA GPUs of compute capability 8.9"
     ):
-        ops._check_device(OnCuda(), "int8_fp8")
+        backends._check_fp8(OnCuda(), "int8_fp8")
 
 
 @pytest.mark.gpu

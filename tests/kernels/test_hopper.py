@@ -27,7 +27,7 @@ def test_is_refused_off_hopper(qkv, random_mask):
     assert hopper_refusal(q, k, v, lists, "native") == "q is torch.float16 on cpu"
     assert default_backend(q, k, v, lists, "native") == "host"
     with pytest.raises(
-        ValueError, match=r"^backend: 'hopper', but q is torch.float16 on cpu; valid: 'triton', or None"
+        ValueError, match=r"^backend: 'hopper', but q is torch.float16 on cpu; valid: 'triton'"
     ):
         block_sparse_attention(q, k, v, lists, backend="hopper")
 
