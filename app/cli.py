@@ -171,11 +171,11 @@ def _fields(parameter: inspect.Parameter) -> list[str]:
 
 
 def _kind(annotation: Any, default: Any) -> dict[str, Any]:
-    """How an option of a type is added: a switch, one or more values, or one value."""
+    """How an option of a type is added: a switch, any number of values, or one value."""
     if annotation is bool:
         return {"action": "store_true"}
     if isinstance(default, list):
-        return {"nargs": "+", "type": get_args(annotation)[0], "default": default}
+        return {"nargs": "*", "type": get_args(annotation)[0], "default": default}
     return {"type": annotation, "default": default}
 
 

@@ -147,6 +147,7 @@ def evaluate(
     densities: list[float] = DENSITIES,
     dense_fractions: list[float] = DENSE_FRACTIONS,
     prompts: str = "held-out:16",
+    also: list[str] = NONE,
     out: str = "eval/results/radial-tiny-wan.jsonl",
     batch: int = 1,
 ) -> None:
@@ -155,9 +156,10 @@ def evaluate(
     Args:
         request: seed of the first prompt (the next ones count up), steps and size.
         setup: which recipe in which model.
-        densities: densities of the selection.
-        dense_fractions: shares of the first steps that stay dense.
+        densities: densities of the selection; without a value it stays as it is.
+        dense_fractions: shares of the first steps that stay dense; without a value the schedule stays as it is.
         prompts: held-out:N, the first N that tiny-wan never saw, or a text file with one prompt a line.
+        also: more recipes, names or YAML files, each compared as it stands; all share the dense runs.
         out: the JSONL file; rows that it holds already are not run again.
         batch: prompts that share a pipeline call; seconds in the rows are then those of the whole batch.
     """
@@ -165,7 +167,7 @@ def evaluate(
     from sparse_dit.eval.pair import asking
     from sparse_dit.recipe import load_recipe
 
-    recipe = load_recipe(setup.recipe)
+    recipe, others = load_recipe(setup.recipe), [load_recipe(name) for name in also]
     rows_file, chosen = Path(out), sweep.read_prompts(prompts)
     if batch < 1:
         raise ValueError(f"batch: {batch}; valid: a whole number from 1")
@@ -174,7 +176,7 @@ def evaluate(
     with output_folder(rows_file.parent):
         pipe = setup.load()
     steps = asking(pipe, request)["steps"]
-    recipes = sweep.grid(recipe, densities, dense_fractions, steps)
+    recipes = sweep.grid(recipe, densities, dense_fractions, steps) + others
     for row in sweep.sweep(pipe, setup.model, recipes, chosen, request, rows_file, batch):
         print(tables.row_line(row), flush=True)
 

@@ -83,9 +83,9 @@ def grid(recipe: Recipe, densities: Sequence[float], dense_fractions: Sequence[f
     """The recipe at every density with every share of its first steps dense.
 
     Args:
-        recipe: its selection must have a density.
-        densities: in (0, 1].
-        dense_fractions: in [0, 1], rounded to whole steps.
+        recipe: its selection must have a density, where densities are given.
+        densities: in (0, 1]; none leaves the selection as it is.
+        dense_fractions: in [0, 1], rounded to whole steps; none leaves the schedule as it is.
         steps: denoising steps of a run.
 
     Raises:
@@ -94,11 +94,9 @@ def grid(recipe: Recipe, densities: Sequence[float], dense_fractions: Sequence[f
     for fraction in dense_fractions:
         if not 0 <= fraction <= 1:
             raise ValueError(f"dense_fractions: {fraction}; valid: a number from 0 to 1")
-    return [
-        recipe.override({"selection.density": density, "schedule.dense_steps": round(fraction * steps)})
-        for density in densities
-        for fraction in dense_fractions
-    ]
+    by_density = [{"selection.density": density} for density in densities] or [{}]
+    by_fraction = [{"schedule.dense_steps": round(fraction * steps)} for fraction in dense_fractions] or [{}]
+    return [recipe.override({**selection, **schedule}) for selection in by_density for schedule in by_fraction]
 
 
 def read_prompts(source: str) -> list[str]:

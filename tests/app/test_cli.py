@@ -189,6 +189,18 @@ def test_report_makes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert str(out) in capsys.readouterr().out
 
 
+def test_eval_compares_recipes_as_they_stand(mini_wan: Path, tmp_path: Path) -> None:
+    other, out = tmp_path / "other.yaml", tmp_path / "rows.jsonl"
+    other.write_text("name: other\nselection: all\n")
+    options = ["--densities", "--dense_fractions", "--also", str(other), "dense", "--prompts", "held-out:1"]
+    assert main(["eval", "--model", str(mini_wan), *SIZE, *SMALL_BLOCKS, *options, "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["recipe"]["name"] for row in rows] == ["tiny-radial", "other", "dense"]
+    assert rows[0]["recipe"]["schedule"]["dense_steps"] == 1
+    assert rows[1]["psnr"] == rows[2]["psnr"] == "inf"
+    assert len({row["seconds_dense"] for row in rows}) == 1
+
+
 def test_print_config_feeds_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [
         *PROMPT,
@@ -266,6 +278,7 @@ BAD = {
     "not a video file": (["generate", *PROMPT, "--out", "clip.gif"], ".mp4"),
     "unknown prompts": (["eval", "--prompts", "held-out:none"], "held-out:N"),
     "missing prompts": (["eval", "--prompts", "no/such.txt"], "held-out:N"),
+    "unknown recipe of a sweep": (["eval", "--also", "radail"], "radial"),
     "density of a sweep": (["eval", "--densities", "2"], "(0, 1]"),
     "batch of a sweep": (["eval", "--batch", "0"], "from 1"),
     "missing rows": (["report", "--rows", "no/such.jsonl"], "no/such.jsonl"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparse_dit.eval import results
-from sparse_dit.eval.sweep import sweep
+from sparse_dit.eval.sweep import grid, sweep
 from sparse_dit.pipelines.generate import Request, load_pipeline
 from sparse_dit.recipe import load_recipe
 
@@ -60,3 +60,11 @@ def test_batches_give_the_rows_of_single_runs_and_resume(pipe, tmp_path: Path) -
 def test_a_batch_below_one_is_refused(pipe, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch: 0; valid: a whole number from 1"):
         rows_of(pipe, tmp_path / "rows.jsonl", 0)
+
+
+def test_a_grid_without_values_leaves_the_recipe_as_it_is() -> None:
+    recipe = RECIPES[0]
+    assert grid(recipe, [], [], 20) == [recipe]
+    assert [found.schedule.dense_steps for found in grid(recipe, [], [0.25, 0.5], 20)] == [5, 10]
+    assert len(grid(recipe, [0.2, 0.3], [], 20)) == 2
+    assert len(grid(recipe, [0.2, 0.3], [0.0, 0.1, 0.2], 20)) == 6
