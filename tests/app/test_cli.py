@@ -177,8 +177,10 @@ def test_probe_looks_inside_and_report_shows_it(mini_wan: Path, tmp_path: Path, 
     [row] = [json.loads(line) for line in out.read_text().splitlines()]
     assert row["by_step"]["recall"][0] == [None, None]
     assert all(0 < recall <= 1 for step in row["by_step"]["recall"][1:] for recall in step)
+    assert main(["report", "--rows", str(ROWS), "--out", str(page)]) == 0
+    plots = page.read_text(encoding="utf-8").count("<svg")
     assert main(["report", "--rows", str(ROWS), "--probes", str(out), "--out", str(page)]) == 0
-    assert page.read_text(encoding="utf-8").count("<svg") == 3 + 4
+    assert page.read_text(encoding="utf-8").count("<svg") == plots + 4
 
 
 def test_report_makes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
