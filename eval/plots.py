@@ -12,6 +12,7 @@ import numpy as np
 from sparse_dit.eval.settings import Setting, front, interval
 
 _MARKERS = "osD^v<>ph*"
+_LEGEND_COLUMNS = 4
 
 
 def pareto(settings: Sequence[Setting], cost: Callable[[Setting], float], label: str, name: str) -> str | None:
@@ -39,7 +40,8 @@ def pareto(settings: Sequence[Setting], cost: Callable[[Setting], float], label:
     colors = _numbered([setting.name for setting, _, _ in drawable])
     markers = _numbered([setting.dense_steps for setting, _, _ in drawable])
     with pyplot.rc_context(_style(name)):
-        figure, axes = pyplot.subplots(figsize=(4.4, 3.4), layout="constrained")
+        legend_lines = -(-(len(colors) + len(markers)) // _LEGEND_COLUMNS)
+        figure, axes = pyplot.subplots(figsize=(4.4, 3.2 + 0.15 * legend_lines), layout="constrained")
         for setting, x, y in drawable:
             ends = interval(setting.values("psnr"))
             error = [[y - ends[0]], [ends[1] - y]] if ends else None
@@ -48,18 +50,26 @@ def pareto(settings: Sequence[Setting], cost: Callable[[Setting], float], label:
                 y,
                 error,
                 marker=_MARKERS[markers[setting.dense_steps] % len(_MARKERS)],
-                color=f"C{colors[setting.name]}",
+                color=_color(colors[setting.name]),
                 markersize=6,
                 elinewidth=0.8,
                 linestyle="none",
             )
         best = front([(x, y) for _, x, y in drawable])
         axes.plot([drawable[i][1] for i in best], [drawable[i][2] for i in best], color="gray", linewidth=0.8, zorder=0)
-        handles = [_handle("o", f"C{number}", recipe) for recipe, number in colors.items()]
+        handles = [_handle("o", _color(number), recipe) for recipe, number in colors.items()]
         handles += [
             _handle(_MARKERS[n % len(_MARKERS)], "gray", f"{steps} steps dense") for steps, n in markers.items()
         ]
-        axes.legend(handles=handles, fontsize=7, frameon=False)
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=_LEGEND_COLUMNS,
+            fontsize=7,
+            frameon=False,
+            handletextpad=0.2,
+            columnspacing=1,
+        )
         axes.set(xlabel=label, ylabel="PSNR against dense (dB)")
         axes.grid(alpha=0.3, linewidth=0.5)
         return _svg(figure)
@@ -109,6 +119,13 @@ def _handle(marker: str, color: str, label: str) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], marker=marker, color=color, linestyle="none", label=label)
+
+
+def _color(number: int) -> Any:
+    """Twenty colours: first the ten strong ones, then their pale twins."""
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](2 * number % 20 + number // 10 % 2)
 
 
 def _numbered(names: Sequence[str]) -> dict[str, int]:
