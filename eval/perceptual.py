@@ -48,7 +48,7 @@ def lpips(frames: Tensor, reference: Tensor) -> Tensor:
         raise ValueError(
             f"frames: shape {list(frames.shape)}; valid: 3 channels of at least {_LEAST_SIDE}x{_LEAST_SIDE} for lpips"
         )
-    network = _network()
+    network = _network(frames.device)
     with torch.no_grad():
         pairs = zip(frames.float().split(1), reference.float().split(1), strict=True)
         return torch.cat([network(*pair).reshape(1) for pair in pairs]).double()
@@ -64,7 +64,7 @@ def _is_whole(file: Path) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _network() -> Any:
+def _network(device: torch.device) -> Any:
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+    return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)

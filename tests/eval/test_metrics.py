@@ -136,7 +136,7 @@ def test_lpips_is_measured_where_its_network_is(monkeypatch: pytest.MonkeyPatch)
         return (frames - reference).abs().mean()
 
     monkeypatch.setattr(perceptual, "missing", lambda: None)
-    monkeypatch.setattr(perceptual, "_network", lambda: network)
+    monkeypatch.setattr(perceptual, "_network", lambda device: network)
     frames, reference = clip(), clip(seed=1)
     row = measure(frames, reference)
     expected = np.abs(frames - reference).mean(axis=(1, 2, 3))
