@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import torch
 
+from sparse_dit.apart import attend_chosen, choose_clustered
 from sparse_dit.kernels.backends import told_backend
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.layout import TokenLayout, text_blocks
-from sparse_dit.orders import Order, Rows
+from sparse_dit.orders import Clusters, Order, Rows
 from sparse_dit.recipe import Recipe
 from sparse_dit.selection import Call, Chosen, Dynamic, Every, Selection
 from sparse_dit.skipped import Reuse
@@ -131,6 +132,8 @@ def attend(
     if isinstance(recipe.selection, Dynamic):
         chosen, whole = _choose(recipe, layout, q, k, v, scale, layer, step, slot, refresh)
         density: float | torch.Tensor = measured_density(chosen.blocks, layout.length)
+        if chosen.heads is not None:
+            density = density * (len(chosen.heads) / q.shape[1])
     else:
         planned = plan(recipe, layout, q.device, q.shape[1])
         chosen, density = Chosen(planned.blocks, planned.table), planned.density
@@ -140,9 +143,7 @@ def attend(
     backend = told_backend(q, k, v, chosen.blocks, "native" if whole is not None else recipe.precision)
     if whole is not None and not keeps_output:
         return Attended(whole[0], density, True, backend)
-    out, lse = block_sparse_attention(
-        q, k, v, chosen.blocks, scale=scale, precision=recipe.precision, order=chosen.table
-    )
+    out, lse = attend_chosen(q, k, v, chosen, scale=scale, precision=recipe.precision)
     if not isinstance(recipe.skipped, Reuse):
         return Attended(out, density, False, backend)
     if whole is None:
@@ -172,7 +173,9 @@ def _choose(
     call = Call(
         layout=layout,
         orders=orders,
-        tables=tuple(_table(order, layout, q.shape[1], q.device) for order in orders),
+        tables=tuple(
+            None if isinstance(order, Clusters) else _table(order, layout, q.shape[1], q.device) for order in orders
+        ),
         block_q=recipe.block_q,
         block_k=recipe.block_k,
         scale=scale,
@@ -181,18 +184,23 @@ def _choose(
         slot=slot,
         forced=_forced(layout, recipe.block_q, recipe.block_k, q.device),
     )
+    if isinstance(recipe.order, Clusters):
+        keeps = recipe.schedule.keeps
+        chosen = choose_clustered(recipe.order, selection, q, k, v, call, refresh=refresh, keeps=keeps)
+        slot.refreshed = step if refresh else slot.refreshed
+        return chosen, None
     if not refresh:
         return selection.recall(call), None
-    chosen, whole = selection.choose(q, k, v, call), None
-    if chosen is None:
+    found, whole = selection.choose(q, k, v, call), None
+    if found is None:
         whole = _whole(recipe, layout, q, k, v, scale)
         slot["lse"] = whole[1]
-        chosen = selection.choose(q, k, v, call)
-        assert chosen is not None
+        found = selection.choose(q, k, v, call)
+        assert found is not None
     slot.refreshed = step
     if recipe.schedule.keeps:
-        selection.keep(chosen, call)
-    return chosen, whole
+        selection.keep(found, call)
+    return found, whole
 
 
 def _whole(

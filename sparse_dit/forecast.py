@@ -7,6 +7,7 @@ import torch
 
 from sparse_dit.calls import plan
 from sparse_dit.layout import TokenLayout
+from sparse_dit.orders import Clusters
 from sparse_dit.recipe import Recipe
 from sparse_dit.selection import Dynamic, Every
 from sparse_dit.skipped import Reuse
@@ -87,6 +88,10 @@ def forecast(
     if isinstance(recipe.selection, Dynamic):
         kept += recipe.selection.kept_bytes(
             layout, recipe.block_q, recipe.block_k, batch=batch, heads=heads, keeps=recipe.schedule.keeps
+        )
+    if isinstance(recipe.order, Clusters):
+        kept += recipe.order.kept_bytes(
+            layout, batch=batch, heads=heads, head_size=head_size, keeps=recipe.schedule.keeps
         )
     if isinstance(recipe.skipped, Reuse):
         kept += recipe.skipped.kept_bytes(

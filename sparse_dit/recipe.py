@@ -15,7 +15,7 @@ import yaml
 
 from sparse_dit.kernels.blocks import BLOCK_SIZES
 from sparse_dit.kernels.ops import PRECISIONS
-from sparse_dit.orders import ORDERS, Order, Rows
+from sparse_dit.orders import ORDERS, Clusters, Order, Rows
 from sparse_dit.schedule import Schedule
 from sparse_dit.selection import SELECTIONS, AnySelection, Band, Every, Gate, HeadTypes, Pooled, Radial
 from sparse_dit.skipped import SKIPPED, Drop, Reuse, Skipped
@@ -80,6 +80,12 @@ class Recipe:
         if valid and not any(type(self.order) is ORDERS[name] for name in valid):
             order, selection = _name_of(self.order, ORDERS), _name_of(self.selection, SELECTIONS)
             raise ValueError(f"order: {order!r} with selection {selection!r}; {why}; valid: {_listed(valid)}")
+        judged = isinstance(self.selection, Pooled) and not self.selection.adjacent
+        if isinstance(self.order, Clusters) and not judged:
+            raise ValueError(
+                f"order: 'clusters' with selection {_name_of(self.selection, SELECTIONS)!r}; blocks of clusters "
+                "have no place in the grid; valid: selection pooled, without adjacent"
+            )
         part = self.selection.sub_block if isinstance(self.selection, Pooled) else None
         if part is not None and (self.block_q % part or self.block_k % part):
             raise ValueError(

@@ -10,6 +10,7 @@ import torch
 
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders.axes import Axes, Rows, Serpentine, TimeMajor
+from sparse_dit.orders.clusters import Clusters
 from sparse_dit.orders.hilbert import Hilbert
 from sparse_dit.orders.tables import inverse
 from sparse_dit.orders.tiles import Tiles
@@ -43,6 +44,7 @@ ORDERS: dict[str, type[Order]] = {
     "axes": Axes,
     "hilbert": Hilbert,
     "serpentine": Serpentine,
+    "clusters": Clusters,
 }
 
-__all__ = ["ORDERS", "Axes", "Hilbert", "Order", "Rows", "Serpentine", "Tiles", "TimeMajor", "inverse"]
+__all__ = ["ORDERS", "Axes", "Clusters", "Hilbert", "Order", "Rows", "Serpentine", "Tiles", "TimeMajor", "inverse"]

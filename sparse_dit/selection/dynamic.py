@@ -67,10 +67,16 @@ class Chosen(NamedTuple):
     Attributes:
         blocks: the block list, on q's device.
         table: the order of its tokens, as `Call.tables`.
+        key_table: where keys and values have another order than queries: theirs, int64 [B * H, S]; `table` is then of
+            that shape, too, and the block list is of one batch entry with B * H heads.
+        heads: int64 [n] on q's device, ascending: the heads that are computed, to which the block list and `table`
+            belong; the output of the others is zero. `None` is all of them.
     """
 
     blocks: BlockList
     table: torch.Tensor | None
+    key_table: torch.Tensor | None = None
+    heads: torch.Tensor | None = None
 
 
 class Dynamic(ABC):

@@ -1,0 +1,87 @@
+"""Calls that one block list in one order cannot tell: heads left out, and queries and keys in orders of their own."""
+
+from dataclasses import replace
+
+import torch
+from einops import rearrange
+
+from sparse_dit.kernels.gather import gather_tokens, scatter_tokens
+from sparse_dit.kernels.ops import block_sparse_attention
+from sparse_dit.orders import Clusters, Rows
+from sparse_dit.selection import Call, Chosen, Dynamic
+
+
+def attend_chosen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: Chosen, *, scale: float, precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention along what was chosen.
+
+    Args:
+        q, k, v: [B, H, S, D] in the model's order.
+        chosen: what to compute.
+        scale: factor on the scores.
+        precision: one of `PRECISIONS`.
+
+    Returns:
+        out [B, H, S, D] in q's dtype and lse fp32 [B, H, S] in the model's order; zeros and -inf for heads that are
+        left out.
+    """
+    heads = chosen.heads
+    if heads is not None:
+        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+        if len(heads):
+            q, k, v = (x.index_select(1, heads) for x in (q, k, v))
+            part = attend_chosen(q, k, v, chosen._replace(heads=None), scale=scale, precision=precision)
+            out, lse = out.index_copy(1, heads, part[0]), lse.index_copy(1, heads, part[1])
+        return out, lse
+    if chosen.key_table is None:
+        return block_sparse_attention(q, k, v, chosen.blocks, scale=scale, precision=precision, order=chosen.table)
+    assert chosen.table is not None
+    batch = q.shape[0]
+    q, k, v = (_folded(x) for x in (q, k, v))
+    k, v = (gather_tokens(x, chosen.key_table) for x in (k, v))
+    done = block_sparse_attention(gather_tokens(q, chosen.table), k, v, chosen.blocks, scale=scale, precision=precision)
+    out, lse = (
+        rearrange(scatter_tokens(x, chosen.table, torch.empty_like(x)), "1 (b h) ... -> b h ...", b=batch) for x in done
+    )
+    return out, lse
+
+
+def choose_clustered(
+    order: Clusters,
+    selection: Dynamic,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    call: Call,
+    *,
+    refresh: bool,
+    keeps: bool,
+) -> Chosen:
+    """What a selection chooses among blocks of clustered tokens.
+
+    Args:
+        order: how tokens are clustered.
+        selection: judges blocks by q and k alone, and needs no whole call.
+        q, k, v: [B, H, S, D] in the model's order.
+        call: everything else; its tables are not read. Batch entries become heads.
+        refresh: whether to cluster and choose anew, instead of what was kept at the last refresh.
+        keeps: whether to keep what was chosen (`Schedule.keeps`).
+    """
+    call = replace(call, orders=(Rows(),), tables=(None,))
+    if not refresh:
+        tables = call.slot["q_order"].long(), call.slot["k_order"].long()
+        return selection.recall(call)._replace(table=tables[0], key_table=tables[1])
+    tables = order.tables(q, k, call.layout, call.slot)
+    q, k, v = (gather_tokens(_folded(x), table) for x, table in zip((q, k, v), (*tables, tables[1]), strict=True))
+    chosen = selection.choose(q, k, v, call)
+    assert chosen is not None
+    if keeps:
+        selection.keep(chosen, call)
+        call.slot["q_order"], call.slot["k_order"] = (table.int() for table in tables)
+    return chosen._replace(table=tables[0], key_table=tables[1])
+
+
+def _folded(x: torch.Tensor) -> torch.Tensor:
+    """Batch entries as heads, since tables and block lists of every entry differ."""
+    return rearrange(x, "b h ... -> 1 (b h) ...")
