@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_dit.app import tables
+from sparse_dit.app.bench import bench
 from sparse_dit.app.output import output_folder
 from sparse_dit.pipelines.generate import Request, check_video_file, load_pipeline, write_video
 from sparse_dit.pipelines.generate import generate as run_pipeline
@@ -252,14 +253,76 @@ def report(
     print(f"wrote {file}")
 
 
+def batch(
+    manifest: str,
+    /,
+    request: Request,
+    setup: Setup,
+    out: str = "outputs/batch",
+    engine: Literal["local", "ray"] = "local",
+    workers: int = 0,
+    address: str | None = None,
+    threads: int | None = None,
+    retries: int = 2,
+    fps: int = 16,
+    video_format: Literal["mp4", "webp"] = "mp4",
+    dry_run: bool = False,
+) -> int:
+    """Make a video for each row of a file; started again, it goes on where it stopped.
+
+    Args:
+        manifest: JSONL or CSV, a request a row: prompt, and if wanted any other option of a request, recipe,
+            recipe.FIELD.
+        request: what a row has for the fields that it leaves out.
+        setup: with what.
+        out: folder for the videos, results.jsonl and failures.jsonl.
+        engine: local runs on this machine, ray on a Ray cluster (docs/cluster.md).
+        workers: how many models are loaded; 0 is one per GPU, or one on a CPU.
+        address: of the Ray cluster; without one RAY_ADDRESS is taken, or a cluster is started on this machine.
+        threads: CPU threads of each worker; the same number makes the same video to the bit.
+        retries: how often a row is tried again after a failure that may pass.
+        fps: frames a second of the videos.
+        video_format: of the videos; webp is animated and lossless, and needs no ffmpeg.
+        dry_run: print what would be run, and write nothing.
+
+    Returns:
+        1 where rows are refused or failed, else 0.
+    """
+    from sparse_dit.eval import results
+    from sparse_dit.pipelines.batch.identity import model_identity
+    from sparse_dit.pipelines.batch.run import choose_engine, plan_batch, plan_lines, run_batch
+    from sparse_dit.pipelines.batch.worker import Job
+    from sparse_dit.recipe import load_recipe
+
+    job = Job(
+        model=setup.model,
+        identity=model_identity(setup.model),
+        suffix=f".{video_format}",
+        fps=fps,
+        retries=retries,
+        threads=threads,
+        describe=results.device_of,
+    )
+    run = choose_engine(engine, setup.device, workers, address)
+    plan = plan_batch(Path(manifest), Path(out), request, load_recipe(setup.recipe), job)
+    if dry_run:
+        print("\n".join(plan_lines(plan, job)))
+        return 1 if plan.refused else 0
+    report = run_batch(plan, Path(out), job, run, results.provenance())
+    print(f"{out}/: {report}")
+    return 0 if report.complete else 1
+
+
 #: Commands by the name one types, each with the fields of `Request` that it does not take.
-COMMANDS: dict[str, tuple[Callable[..., None], frozenset[str]]] = {
+COMMANDS: dict[str, tuple[Callable[..., int | None], frozenset[str]]] = {
     "generate": (generate, frozenset()),
     "compare": (compare, frozenset()),
+    "batch": (batch, frozenset({"prompt"})),
     "methods": (methods, frozenset()),
     "explain": (explain, frozenset({"prompt", "negative_prompt", "seed"})),
     "eval": (evaluate, frozenset({"prompt"})),
     "probe": (probe, frozenset()),
     "compare-files": (compare_files, frozenset()),
     "report": (report, frozenset()),
+    "bench": (bench, frozenset()),
 }

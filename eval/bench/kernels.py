@@ -1,0 +1,144 @@
+"""One run over many cases: each timed, compared with float64, and set beside the dense kernel of the same run."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from sparse_dit.eval.bench.cases import BLOCK_Q, Case, Group
+from sparse_dit.eval.bench.clock import Clock
+from sparse_dit.eval.bench.inputs import Inputs
+from sparse_dit.eval.bench.work import work
+from sparse_dit.eval.bench.yardsticks import dense_kernel
+from sparse_dit.eval.results import Row, device_of, provenance
+
+MEASURED, FAILED, LEFT_OUT = "measured", "failed", "left out"
+
+
+def our_backends(device: torch.device) -> list[str]:
+    """Our backends that a device runs, the fastest first."""
+    if device.type != "cuda":
+        return ["host"]
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+    return ["hopper", "triton"] if hopper else ["triton"]
+
+
+@dataclass
+class Bench:
+    """A run.
+
+    Args:
+        device: what it runs on.
+        dtype: of q, k and v.
+        clock: what times.
+        seconds: no case starts later than so long after `rows` is called.
+        command: how the run was asked for, as the rows tell it.
+        seed: of inputs and lists.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    clock: Clock
+    seconds: float
+    command: str
+    seed: int = 0
+
+    def rows(self, groups: Sequence[Group]) -> Iterator[Row]:
+        """Measures group by group and yields a row a case, the dense kernel's first.
+
+        A row's `status` is "measured"; "failed", with a `reason`; or "left out", for time was up or the device gone.
+        `ratio` is the dense kernel's time through the case's own, `dense_ms` the mean of its two measurements, before
+        and after the group, and `dense_spread` their distance in shares of it.
+        """
+        self._end = time.monotonic() + self.seconds
+        self._lost = ""
+        self._copy_rate = self.clock.copy_rate()
+        self._origin = {"device": device_of(self.device, self.dtype), "command": self.command, **provenance()}
+        if self.device.type == "cuda":
+            self._origin["device"]["cudnn"] = torch.backends.cudnn.version()
+        for group in groups:
+            yield from self._group(group)
+            if self.device.type == "cuda" and not self._lost:
+                torch.cuda.empty_cache()
+
+    def _group(self, group: Group) -> list[Row]:
+        dense = Case("attention", dense_kernel(self.device))
+        if self._out_of_time() or self._lost:
+            return [self._unmeasured(group, case, LEFT_OUT, self._why_left_out()) for case in group.cases]
+        try:
+            shape = group.shape
+            size = 3 * shape.heads * shape.tokens * shape.head_size * self.dtype.itemsize
+            inputs = Inputs(shape, self.device, self.dtype, self.clock.input_sets(size), self.seed)
+        except Exception as error:
+            return [self._failure(group, case, error) for case in group.cases]
+        rows = [self._measured(group, dense, inputs)]
+        for case in group.cases:
+            if self._out_of_time() or self._lost:
+                rows.append(self._unmeasured(group, case, LEFT_OUT, self._why_left_out()))
+            else:
+                rows.append(self._measured(group, case, inputs))
+        ends = [rows[0], *([] if self._lost else [self._measured(group, dense, inputs)])]
+        return [self._beside(row, [end["ms"] for end in ends if end["status"] == MEASURED]) for row in rows]
+
+    def _measured(self, group: Group, case: Case, inputs: Inputs) -> Row:
+        # Other people's kernels fail in ways of their own; each failure is a row.
+        try:
+            todo = work(case, inputs)
+            timing = self.clock.measure(todo.call)
+            error = None if todo.error is None else todo.error()
+            density = inputs.blocks(case).density(group.shape.tokens, group.shape.tokens)
+        except Exception as error:
+            return self._failure(group, case, error)
+        if error is not None and not math.isfinite(error):
+            return self._unmeasured(group, case, FAILED, "the output is not finite")
+        rate = None if todo.moved is None else todo.moved / timing.ms / 1e9
+        attention = case.what == "attention"
+        return self._row(group, case) | {
+            "status": MEASURED,
+            "density": density if attention else None,
+            "ms": timing.ms,
+            "runs": timing.runs,
+            "tflops": group.shape.flop * density / timing.ms / 1e9 if attention else None,
+            "error": error,
+            "tb_per_s": rate,
+            "share_of_copy": None if rate is None else rate / self._copy_rate,
+        }
+
+    def _beside(self, row: Row, dense: Sequence[float]) -> Row:
+        """The row with the times of the dense kernel, those that there are."""
+        if not dense:
+            return row
+        mean = sum(dense) / len(dense)
+        spread = (max(dense) - min(dense)) / mean if len(dense) > 1 else None
+        ratio = mean / row["ms"] if row["status"] == MEASURED else None
+        return row | {"dense_ms": mean, "dense_spread": spread, "ratio": ratio}
+
+    def _failure(self, group: Group, case: Case, error: Exception) -> Row:
+        if not self.clock.alive():
+            self._lost = "the device takes no more work since an earlier failure"
+        text = " ".join(str(error).split()) or type(error).__name__
+        return self._unmeasured(group, case, FAILED, text[:300])
+
+    def _unmeasured(self, group: Group, case: Case, status: str, reason: str) -> Row:
+        return self._row(group, case) | {"status": status, "reason": reason}
+
+    def _row(self, group: Group, case: Case) -> Row:
+        shape = {"batch": 1, **asdict(group.shape)}
+        lists = {"blocks": [BLOCK_Q, case.block_k], "lists": case.lists, "wanted_density": case.density}
+        told = {name: getattr(case, name) for name in ("what", "kernel", "precision", "ordered", "codes")}
+        empty = dict.fromkeys((
+            "reason", "density", "ms", "runs", "tflops", "error", "tb_per_s", "share_of_copy",
+            "dense_ms", "dense_spread", "ratio",
+        ))  # fmt: skip
+        dense = dense_kernel(self.device)
+        return {"kind": "kernel", "shape": shape, **told, **lists, "dense": dense, **empty} | {
+            "copy_tb_per_s": self._copy_rate, "seed": self.seed, **self._origin,
+        }  # fmt: skip
+
+    def _out_of_time(self) -> bool:
+        return time.monotonic() > self._end
+
+    def _why_left_out(self) -> str:
+        return self._lost or f"the {self.seconds:g} seconds were over"
