@@ -112,6 +112,7 @@ def _case(row: dict[str, Any]) -> str:
     words += [f"density {row['wanted_density']:g}"] if row["what"] in ("attention", "lists") else []
     words += [f"{row['lists']} lists"] if row["lists"] != "equal" else []
     words += ["blocks of {} x {}".format(*row["blocks"])] if row["blocks"] != [128, 128] else []
+    words += [row["skipped"]] if row["skipped"] != "drop" else []
     words += ["ordered"] if row["ordered"] else []
     words += ["kernel alone"] if row["codes"] else []
     return " ".join(words)

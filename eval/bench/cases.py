@@ -48,6 +48,7 @@ class Case:
         lists: "equal", as many blocks in every row; "uneven", from 1 to all with dense rows at the end; "same area",
             equal ones of the area of the uneven ones.
         block_k: key tokens a block; query blocks are of 128.
+        skipped: "drop", or "summary": skipped blocks enter as their means.
     """
 
     what: str
@@ -58,6 +59,7 @@ class Case:
     codes: bool = False
     lists: str = "equal"
     block_k: int = 128
+    skipped: str = "drop"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ LOW_PRECISIONS = ("int8", "int8_fp8")
 # Densities measured first, by shape; for the first shape so is what surrounds attention.
 HEADLINES = {SHAPES[0]: (0.3, 0.2, 0.1, 1.0), SHAPES[1]: (0.3,), SHAPES[2]: (0.3,)}
 TYPICAL = 0.3
+SUMMARIZED = 0.2
 
 
 def plan(
@@ -109,6 +112,8 @@ def _headline(shape: Shape, densities: Sequence[float], kernel: str) -> list[Cas
     cases = [Case("attention", kernel, density) for density in HEADLINES[shape] if density in densities]
     if TYPICAL in densities:
         cases += _low_precision(kernel, TYPICAL)
+    if SUMMARIZED in densities:
+        cases.append(Case("attention", kernel, SUMMARIZED, skipped="summary"))
     if shape == SHAPES[0]:
         cases += _surroundings(shape, kernel)
     return cases
@@ -144,4 +149,6 @@ def _rest(shape: Shape, densities: Sequence[float], ours: Sequence[str], others:
         cases += [Case("attention", kernel, density) for density in densities]
         for density in densities if kernel == ours[0] else {TYPICAL} & set(densities):
             cases += _low_precision(kernel, density)
+    if SUMMARIZED in densities:
+        cases.append(Case("attention", ours[0], SUMMARIZED, skipped="summary"))
     return cases + _surroundings(shape, ours[0])

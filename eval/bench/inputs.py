@@ -43,7 +43,7 @@ class Inputs:
         draw = torch.rand(shape.heads, shape.tokens, generator=self._random, device=device)
         self.rows = draw.topk(count, dim=-1).indices
         self._lists: dict[tuple[str, float, int], BlockList] = {}
-        self._exact: dict[tuple[str, float, int, bool], Tensor] = {}
+        self._exact: dict[tuple[str, float, int, bool, str], Tensor] = {}
 
     def _triple(self, size: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (torch.randn(size, generator=self._random, device=self.device, dtype=dtype) for _ in range(3))
@@ -82,7 +82,7 @@ class Inputs:
 
         With an order, rows are counted in it: they lie anywhere in the grid.
         """
-        key = (case.lists, case.density, case.block_k, case.ordered)
+        key = (case.lists, case.density, case.block_k, case.ordered, case.skipped)
         if key not in self._exact:
             self._exact[key] = self._exact_rows(case)
         exact = self._exact[key]
@@ -98,9 +98,15 @@ class Inputs:
         found = []
         for head, rows in enumerate(self.rows):
             q, k, v = (self._head(x, head, case.ordered) for x in self.sets[0])
-            listed = mask[head, rows // BLOCK_Q].repeat_interleave(case.block_k, dim=-1)[:, : self.shape.tokens]
+            listed = mask[head, rows // BLOCK_Q]
+            weights = listed.repeat_interleave(case.block_k, dim=-1)[:, : self.shape.tokens].double()
+            if case.skipped == "summary":
+                means = [torch.stack([part.mean(dim=0) for part in x.split(case.block_k)]) for x in (k, v)]
+                k, v = (torch.cat(pair) for pair in zip((k, v), means, strict=True))
+                tokens = torch.tensor([len(part) for part in weights[0].split(case.block_k)], device=self.device)
+                weights = torch.cat((weights, ~listed * tokens), dim=-1)
             scores = (q[rows] @ rearrange(k, "s d -> d s")) * self.shape.head_size**-0.5
-            found.append(scores.masked_fill(~listed, -torch.inf).softmax(dim=-1) @ v)
+            found.append((scores + weights.log()).softmax(dim=-1) @ v)
         return torch.stack(found)
 
     def _head(self, x: Tensor, head: int, ordered: bool) -> Tensor:

@@ -127,7 +127,7 @@ class Bench:
     def _row(self, group: Group, case: Case) -> Row:
         shape = {"batch": 1, **asdict(group.shape)}
         lists = {"blocks": [BLOCK_Q, case.block_k], "lists": case.lists, "wanted_density": case.density}
-        told = {name: getattr(case, name) for name in ("what", "kernel", "precision", "ordered", "codes")}
+        told = {name: getattr(case, name) for name in ("what", "kernel", "precision", "ordered", "codes", "skipped")}
         empty = dict.fromkeys((
             "reason", "density", "ms", "runs", "tflops", "error", "tb_per_s", "share_of_copy",
             "dense_ms", "dense_spread", "ratio",

@@ -60,7 +60,7 @@ def _attention(case: Case, inputs: Inputs) -> Callable[[int], Tensor]:
 
     def attend(run: int) -> Tensor:
         q, k, v = inputs.sets[run % len(inputs.sets)]
-        settings = {"precision": case.precision, "order": order, "backend": case.kernel}
+        settings = {"precision": case.precision, "order": order, "backend": case.kernel, "skipped": case.skipped}
         return block_sparse_attention(q, k, v, blocks, **settings)[0]  # type: ignore[arg-type]
 
     return attend

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,15 @@ def test_exact_rows_are_the_oracles(made: Inputs, block_k: int) -> None:
     wrong = out.clone()
     wrong[:, 1] *= 1.5
     assert made.error(case, wrong) > 0.2
+
+
+def test_exact_rows_with_summaries_are_those_of_a_float64_kernel(made: Inputs) -> None:
+    """The torch path in fp32, whose means are not rounded further: another derivation of the same sums."""
+    case = Case("attention", "host", 0.4, skipped="summary")
+    out = work.work(case, made).call(0)
+    assert isinstance(out, torch.Tensor)
+    assert made.error(case, out) < 1e-5
+    assert made.error(replace(case, skipped="drop"), out) > 0.05
 
 
 @pytest.mark.usefixtures("small_grid")
