@@ -27,20 +27,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0, or 2 after a one-line error on stderr.
+        The exit code: that of the command, which is 0 unless it says otherwise, or 2 after a one-line error on stderr.
     """
     try:
-        read_command(list(sys.argv[1:] if argv is None else argv))()
+        return read_command(list(sys.argv[1:] if argv is None else argv))() or 0
     except (ArgumentError, ValueError, OSError) as error:
         print(f"sparse-dit: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sparse-dit: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
-def read_command(argv: list[str]) -> Callable[[], None]:
+def read_command(argv: list[str]) -> Callable[[], int | None]:
     """The command that the arguments ask for, with its settings.
 
     Raises:
@@ -95,7 +94,7 @@ def build_parser() -> ArgumentParser:
                 subparser.add_argument(parameter.name, type=parameter.annotation, help=described[parameter.name])
             else:
                 subparser.add_argument(
-                    f"--{parameter.name}",
+                    *dict.fromkeys((f"--{parameter.name}", f"--{parameter.name.replace('_', '-')}")),
                     help=described[parameter.name],
                     **_kind(parameter.annotation, parameter.default),
                 )
