@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
+PIECE_BYTES = 16  # what a thread loads at once
 
 
 @triton.jit
@@ -30,9 +31,7 @@ def _attend_tiles(
     p_k,
     p_v,
     k_token,
-    k_dim,
     v_token,
-    v_dim,
     i_index,
     seq_k,
     qk_scale,
@@ -51,15 +50,18 @@ def _attend_tiles(
     """
     o_tile = tl.arange(0, TILE_K).to(tl.int64)  # [TILE_K]
     o_main = tl.arange(0, MAIN)
-    o_k = o_tile[:, None] * k_token + o_main[None, :] * k_dim  # [TILE_K, MAIN]
-    o_v = o_tile[:, None] * v_token + o_main[None, :] * v_dim
+    o_k = o_tile[:, None] * k_token + o_main[None, :]  # [TILE_K, MAIN]
+    o_v = o_tile[:, None] * v_token + o_main[None, :]
     if REST > 0:
         o_rest = HEAD_SIZE - REST + tl.arange(0, REST)
-        o_k_rest = o_tile[:, None] * k_token + o_rest[None, :] * k_dim  # [TILE_K, REST]
-        o_v_rest = o_tile[:, None] * v_token + o_rest[None, :] * v_dim
+        o_k_rest = o_tile[:, None] * k_token + o_rest[None, :]  # [TILE_K, REST]
+        o_v_rest = o_tile[:, None] * v_token + o_rest[None, :]
+    # The list is read one tile ahead: loads of K and V then wait for no other load, and stay in flight for all stages.
+    block = tl.load(p_indices + (first * TILE_K // BLOCK_K) * i_index, mask=first < last, other=0)
     for i_tile in tl.range(first, last, num_stages=STAGES):
-        block = tl.load(p_indices + (i_tile * TILE_K // BLOCK_K) * i_index)
-        start = block.to(tl.int64) * BLOCK_K + i_tile * TILE_K % BLOCK_K
+        start = tl.multiple_of(block.to(tl.int64) * BLOCK_K + i_tile * TILE_K % BLOCK_K, TILE_K)
+        ahead = tl.minimum(i_tile + 1, last - 1)
+        block = tl.load(p_indices + (ahead * TILE_K // BLOCK_K) * i_index)
         p_k_tile = p_k + start * k_token
         p_v_tile = p_v + start * v_token
         m_token = start + o_tile < seq_k  # [TILE_K]
@@ -100,19 +102,15 @@ def block_sparse_forward_kernel(
     q_batch,
     q_head,
     q_token,
-    q_dim,
     k_batch,
     k_head,
     k_token,
-    k_dim,
     v_batch,
     v_head,
     v_token,
-    v_dim,
     out_batch,
     out_head,
     out_token,
-    out_dim,
     lse_batch,
     lse_head,
     i_batch,
@@ -141,7 +139,14 @@ def block_sparse_forward_kernel(
     share its K and V in L2. A head size that is no power of two is computed as its first MAIN and its last REST
     columns; where the two overlap, q's second part is zero and out's is not stored. No column is masked in the
     loop: a pipelined load that masks columns gave wrong products on sm_90 (Triton 3.6).
+
+    Strides of q, k, v and out are in pieces of 16 bytes (see `aligned`), channels lie side by side: the compiler
+    knows then that rows of any head size are whole pieces. It is told of a stride only whether 16 divides it, which
+    it does not for 72 or 88; loads fell apart into channels, and such loads in a pipeline gave NaN on sm_90 (3.6).
     """
+    PIECE: tl.constexpr = 128 // p_q.dtype.element_ty.primitive_bitwidth
+    q_token, out_token = tl.cast(q_token, tl.int64) * PIECE, tl.cast(out_token, tl.int64) * PIECE
+    k_token, v_token = tl.cast(k_token, tl.int64) * PIECE, tl.cast(v_token, tl.int64) * PIECE
     i_tile, i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i_block = i_tile // (BLOCK_Q // TILE_Q)
     o_q = i_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
@@ -151,18 +156,18 @@ def block_sparse_forward_kernel(
     m_q = o_q < seq_q
     m_rest = o_rest >= MAIN
 
-    p_q += i_b * q_batch + i_h * q_head
-    p_k += i_b * k_batch + i_h * k_head
-    p_v += i_b * v_batch + i_h * v_head
-    p_out += i_b * out_batch + i_h * out_head
+    p_q += (i_b * q_batch + i_h * q_head) * PIECE
+    p_k += (i_b * k_batch + i_h * k_head) * PIECE
+    p_v += (i_b * v_batch + i_h * v_head) * PIECE
+    p_out += (i_b * out_batch + i_h * out_head) * PIECE
     p_indices += i_b * i_batch + i_h * i_head + i_block * i_row
     count = tl.load(p_counts + i_b * c_batch + i_h * c_head + i_block * c_row)
 
     p_q_row = p_q + o_q[:, None] * q_token
-    b_q = tl.load(p_q_row + o_main[None, :] * q_dim, mask=m_q[:, None], other=0.0)  # [TILE_Q, MAIN]
+    b_q = tl.load(p_q_row + o_main[None, :], mask=m_q[:, None], other=0.0)  # [TILE_Q, MAIN]
     b_q_rest = b_q
     if REST > 0:
-        b_q_rest = tl.load(p_q_row + o_rest[None, :] * q_dim, mask=m_q[:, None] & m_rest[None, :], other=0.0)
+        b_q_rest = tl.load(p_q_row + o_rest[None, :], mask=m_q[:, None] & m_rest[None, :], other=0.0)
     b_acc = tl.zeros([TILE_Q, MAIN], tl.float32)
     b_acc_rest = tl.zeros([TILE_Q, REST_PADDED], tl.float32)
     b_max = tl.full([TILE_Q], -float("inf"), tl.float32)
@@ -176,7 +181,7 @@ def block_sparse_forward_kernel(
         whole = tl.where(ends_ragged, count - 1, count)
     b_acc, b_acc_rest, b_max, b_sum = _attend_tiles(
         b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_sum, 0, whole * (BLOCK_K // TILE_K),
-        p_indices, p_k, p_v, k_token, k_dim, v_token, v_dim, i_index, seq_k, qk_scale,
+        p_indices, p_k, p_v, k_token, v_token, i_index, seq_k, qk_scale,
         MASKED=False, STAGES=None,
         HEAD_SIZE=HEAD_SIZE, MAIN=MAIN, REST=REST, BLOCK_K=BLOCK_K, TILE_K=TILE_K,
     )  # fmt: skip
@@ -185,17 +190,17 @@ def block_sparse_forward_kernel(
         last = tl.where(ends_ragged, first + tl.cdiv(seq_k % BLOCK_K, TAIL_TILE), first)
         b_acc, b_acc_rest, b_max, b_sum = _attend_tiles(
             b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_sum, first, last,
-            p_indices, p_k, p_v, k_token, k_dim, v_token, v_dim, i_index, seq_k, qk_scale,
+            p_indices, p_k, p_v, k_token, v_token, i_index, seq_k, qk_scale,
             MASKED=True, STAGES=1,
             HEAD_SIZE=HEAD_SIZE, MAIN=MAIN, REST=REST, BLOCK_K=BLOCK_K, TILE_K=TAIL_TILE,
         )  # fmt: skip
 
     p_out_row = p_out + o_q[:, None] * out_token
     b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)
-    tl.store(p_out_row + o_main[None, :] * out_dim, b_out, mask=m_q[:, None])
+    tl.store(p_out_row + o_main[None, :], b_out, mask=m_q[:, None])
     if REST > 0:
         b_out_rest = (b_acc_rest / b_sum[:, None]).to(p_out.dtype.element_ty)
-        tl.store(p_out_row + o_rest[None, :] * out_dim, b_out_rest, mask=m_q[:, None] & m_rest[None, :])
+        tl.store(p_out_row + o_rest[None, :], b_out_rest, mask=m_q[:, None] & m_rest[None, :])
     LN_2: tl.constexpr = 0.6931471805599453
     tl.store(p_lse + i_b * lse_batch + i_h * lse_head + o_q, (b_max + tl.log2(b_sum)) * LN_2, mask=m_q)
 
@@ -210,15 +215,22 @@ class Launch:
     num_stages: int
 
 
-# By head size rounded up to a power of two. Every row fits the shared memory of every architecture
-# (99 KB a program on sm_86, 89 and 120); on sm_90 the first two spill no registers.
+# By whether a program may use 160 KB of shared memory and head size rounded up to a power of two. Rows of the second
+# kind fit the 99 KB of sm_86, 89 and 120, and the 64 KB of gfx942. No row spills registers on sm_90.
 _LAUNCHES = {
-    64: Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
-    128: Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
-    256: Launch(tile_q=64, tile_k=32, num_warps=4, num_stages=3),
+    (True, 64): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
+    (True, 128): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
+    (True, 256): Launch(tile_q=64, tile_k=32, num_warps=8, num_stages=3),
+    (False, 64): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
+    (False, 128): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=2),
+    (False, 256): Launch(tile_q=64, tile_k=32, num_warps=8, num_stages=2),
 }
-# Warps a program where the list's query blocks are smaller than the pinned tile.
+_ROOMY = ("sm_80", "sm_90", "sm_100", "sm_103")
+# Warps a program where the list's blocks are smaller than the pinned tile: of 16 x 16 elements, 4 warps load two a
+# thread, and 4 bytes are the least that a pipelined load takes.
 _CUT_WARPS = 4
+# Keys a tile at the ragged end.
+_TAIL_TILE = 32
 
 
 def column_split(head_size: int) -> tuple[int, int]:
@@ -231,16 +243,46 @@ def column_split(head_size: int) -> tuple[int, int]:
     return main, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def launch_for(head_size: int, block_q: int, block_k: int) -> Launch:
+def is_aligned(x: Tensor) -> bool:
+    """Whether channels of x [..., D] lie side by side and each row of them starts at a multiple of 16 bytes."""
+    piece = PIECE_BYTES // x.element_size()
+    rows = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
+    return x.stride(-1) == 1 and x.data_ptr() % PIECE_BYTES == 0 and all(stride % piece == 0 for stride in rows)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x itself if it `is_aligned`, else a contiguous copy; D is a multiple of 16 bytes."""
+    return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def pieces(x: Tensor) -> list[int]:
+    """Strides of an `aligned` tensor in pieces of 16 bytes, without the last, which is 1 element."""
+    piece = PIECE_BYTES // x.element_size()
+    # Where there is one entry its stride is never used, and may be anything.
+    return [stride // piece for stride in x.stride()[:-1]]
+
+
+def architecture_of(device: torch.device) -> str | None:
+    """A GPU's architecture as compilers name it, "sm_90" or "gfx942"; None for any other device."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def launch_for(head_size: int, block_q: int, block_k: int, architecture: str | None = None) -> Launch:
     """Pinned launch settings: a table, no timing. Tiles are cut to the list's block sizes.
 
     Args:
         head_size: D.
         block_q: query tokens a block of the list.
         block_k: key tokens a block of the list.
+        architecture: as `architecture_of` says; None, or one that is not known, is given what fits all of them.
     """
-    pinned = _LAUNCHES[triton.next_power_of_2(head_size)]
-    num_warps = pinned.num_warps if pinned.tile_q <= block_q else _CUT_WARPS
+    pinned = _LAUNCHES[architecture in _ROOMY, triton.next_power_of_2(head_size)]
+    num_warps = pinned.num_warps if pinned.tile_q <= block_q and pinned.tile_k <= block_k else _CUT_WARPS
     return Launch(min(pinned.tile_q, block_q), min(pinned.tile_k, block_k), num_warps, pinned.num_stages)
 
 
@@ -255,7 +297,7 @@ def constants(head_size: int, block_q: int, block_k: int, seq_k: int, launch: La
         "BLOCK_K": block_k,
         "TILE_Q": launch.tile_q,
         "TILE_K": launch.tile_k,
-        "TAIL_TILE": 16,
+        "TAIL_TILE": min(_TAIL_TILE, block_k),
         "RAGGED_K": seq_k % block_k != 0,
     }
 
@@ -263,19 +305,20 @@ def constants(head_size: int, block_q: int, block_k: int, seq_k: int, launch: La
 def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_q: int, block_k: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The contract of `ops.block_sparse_attention`, arguments already checked."""
+    """The contract of `ops.block_sparse_attention`, arguments already checked; copies tensors not `aligned`."""
     batch, heads, seq_q, head_size = q.shape
+    q, k, v = aligned(q), aligned(k), aligned(v)
     out = rearrange(torch.empty(batch, seq_q, heads, head_size, dtype=q.dtype, device=q.device), "b s h d -> b h s d")
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device)
     # Lists of size 1 are shared: stride 0 walks them without a copy.
     indices = indices.expand(batch, heads, -1, -1)
     counts = counts.expand(batch, heads, -1)
-    launch = launch_for(head_size, block_q, block_k)
+    launch = launch_for(head_size, block_q, block_k, architecture_of(q.device))
     grid = (triton.cdiv(seq_q, launch.tile_q), heads, batch)
     with torch.cuda.device_of(q):
         block_sparse_forward_kernel[grid](
             q, k, v, out, lse, indices, counts,
-            *q.stride(), *k.stride(), *v.stride(), *out.stride(), *lse.stride()[:2],
+            *pieces(q), *pieces(k), *pieces(v), *pieces(out), *lse.stride()[:2],
             *indices.stride(), *counts.stride(),
             seq_q, k.shape[2], scale * LOG2_E,
             **constants(head_size, block_q, block_k, k.shape[2], launch),

@@ -23,7 +23,7 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from sparse_dit.kernels.attention import column_split
+from sparse_dit.kernels.attention import aligned, column_split, pieces
 from sparse_dit.kernels.quantize import CODE_ALIGN, GROUP, Quantized, padded
 
 
@@ -54,8 +54,7 @@ def _attend_tiles(
     p_k_scale,
     p_v,
     p_v_scale,
-    v_token,
-    v_dim,
+    v_row,
     i_index,
     seq_k,
     FP8: tl.constexpr,
@@ -88,7 +87,7 @@ def _attend_tiles(
         ahead = tl.minimum(i_tile + 1, last - 1)
         block = tl.load(p_indices + (ahead * TILE_K // BLOCK_K) * i_index)
         p_k_tile = p_k + start * CODES
-        p_v_tile = p_v + start * v_token
+        p_v_tile = p_v + start if FP8 else p_v + start * v_row
         m_token = start + o_tile < seq_k  # [TILE_K]
         k_scale = tl.load(p_k_scale + start // SCALE_GROUP)
         if FP8:
@@ -110,19 +109,19 @@ def _attend_tiles(
         b_max = b_new_max
         if FP8:
             b_p8 = _pair_up(b_p.to(p_v.dtype.element_ty), TILE_Q, TILE_K)
-            b_v = tl.load(p_v_tile + o_main[:, None] * v_dim + o_tile[None, :])  # [MAIN, TILE_K]
+            b_v = tl.load(p_v_tile + o_main[:, None] * v_row + o_tile[None, :])  # [MAIN, TILE_K]
             b_acc = b_acc * b_decay[:, None] + _fp8_dot(b_p8, tl.trans(b_v), TILE_K) * v_scale
             if REST > 0:
-                b_v_rest = tl.load(p_v_tile + o_rest[:, None] * v_dim + o_tile[None, :])
+                b_v_rest = tl.load(p_v_tile + o_rest[:, None] * v_row + o_tile[None, :])
                 b_part = _fp8_dot(b_p8, tl.trans(b_v_rest), TILE_K)
                 b_acc_rest = b_acc_rest * b_decay[:, None] + b_part * v_scale
         else:
-            p_v_main = p_v_tile + o_tile[:, None] * v_token + o_main[None, :] * v_dim  # [TILE_K, MAIN]
+            p_v_main = p_v_tile + o_tile[:, None] * v_row + o_main[None, :]  # [TILE_K, MAIN]
             b_v = tl.load(p_v_main, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_v_main)
             b_p16 = b_p.to(b_v.dtype)
             b_acc = tl.dot(b_p16, b_v, b_acc * b_decay[:, None])
             if REST > 0:
-                p_v_rest = p_v_tile + o_tile[:, None] * v_token + o_rest[None, :] * v_dim  # [TILE_K, REST]
+                p_v_rest = p_v_tile + o_tile[:, None] * v_row + o_rest[None, :]  # [TILE_K, REST]
                 b_v_rest = tl.load(p_v_rest, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_v_rest)
                 b_acc_rest = tl.dot(b_p16, b_v_rest, b_acc_rest * b_decay[:, None])
     return b_acc, b_acc_rest, b_max, b_sum
@@ -130,10 +129,9 @@ def _attend_tiles(
 
 @triton.jit
 def _fp8_dot(b_p, b_v, TILE_K: tl.constexpr):
-    # FP8 matrix instructions take no fewer than 32 columns.
-    if TILE_K < 32:
-        return tl.dot(b_p.to(tl.float16), b_v.to(tl.float16))
-    return tl.dot(b_p, b_v)
+    # FP8 matrix instructions take no fewer than 32 columns. An early return in place of the choice would
+    # leave the other product to be compiled, and refused.
+    return tl.dot(b_p.to(tl.float16), b_v.to(tl.float16)) if TILE_K < 32 else tl.dot(b_p, b_v)
 
 
 @triton.jit
@@ -153,8 +151,7 @@ def int8_forward_kernel(
     p_counts,
     v_batch,
     v_head,
-    v_token,
-    v_dim,
+    v_row,
     order_head,
     out_batch,
     out_head,
@@ -188,8 +185,12 @@ def int8_forward_kernel(
     """out_i = sum_j 2^(s_ij - l_i) v_j, l_i = log2 sum_j 2^s_ij, lse_i = ln 2 l_i + lse_shift_i, j over the lists.
 
     One program computes TILE_Q queries of one head. Codes come in CODES_MAIN + CODES_REST columns, v and out in their
-    first MAIN and last REST ones; where the two overlap, out's second part is not stored (see `attention`).
+    first MAIN and last REST ones; where the two overlap, out's second part is not stored. A row of v is a token, of FP8
+    values a channel; strides of v and out are in pieces of 16 bytes (see `attention` for both).
     """
+    V_PIECE: tl.constexpr = 128 // p_v.dtype.element_ty.primitive_bitwidth
+    OUT_PIECE: tl.constexpr = 128 // p_out.dtype.element_ty.primitive_bitwidth
+    v_row, out_token = tl.cast(v_row, tl.int64) * V_PIECE, tl.cast(out_token, tl.int64) * OUT_PIECE
     i_tile, i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i_block = i_tile // (BLOCK_Q // TILE_Q)
     i_bh = i_b * tl.num_programs(1) + i_h
@@ -201,10 +202,10 @@ def int8_forward_kernel(
 
     p_k += i_bh * padded_k * CODES
     p_k_scale += i_bh * (padded_k // SCALE_GROUP)
-    p_v += i_b * v_batch + i_h * v_head
+    p_v += (i_b * v_batch + i_h * v_head) * V_PIECE
     if FP8:
         p_v_scale += i_bh * (padded_k // SCALE_GROUP)
-    p_out += i_b * out_batch + i_h * out_head
+    p_out += (i_b * out_batch + i_h * out_head) * OUT_PIECE
     p_indices += i_b * i_batch + i_h * i_head + i_block * i_row
     count = tl.load(p_counts + i_b * c_batch + i_h * c_head + i_block * c_row)
 
@@ -226,7 +227,7 @@ def int8_forward_kernel(
         whole = tl.where(ends_ragged, count - 1, count)
     b_acc, b_acc_rest, b_max, b_sum = _attend_tiles(
         b_q, b_q_rest, b_q_scale, b_acc, b_acc_rest, b_max, b_sum, 0, whole * (BLOCK_K // TILE_K),
-        p_indices, p_k, p_k_scale, p_v, p_v_scale, v_token, v_dim, i_index, seq_k,
+        p_indices, p_k, p_k_scale, p_v, p_v_scale, v_row, i_index, seq_k,
         FP8=FP8, MASKED=False, STAGES=None,
         HEAD_SIZE=HEAD_SIZE, CODES=CODES, CODES_MAIN=CODES_MAIN, CODES_REST=CODES_REST, MAIN=MAIN, REST=REST,
         BLOCK_K=BLOCK_K, TILE_Q=TILE_Q, TILE_K=TILE_K, SCALE_GROUP=SCALE_GROUP,
@@ -236,7 +237,7 @@ def int8_forward_kernel(
         last = tl.where(ends_ragged, first + tl.cdiv(seq_k % BLOCK_K, TAIL_TILE), first)
         b_acc, b_acc_rest, b_max, b_sum = _attend_tiles(
             b_q, b_q_rest, b_q_scale, b_acc, b_acc_rest, b_max, b_sum, first, last,
-            p_indices, p_k, p_k_scale, p_v, p_v_scale, v_token, v_dim, i_index, seq_k,
+            p_indices, p_k, p_k_scale, p_v, p_v_scale, v_row, i_index, seq_k,
             FP8=FP8, MASKED=True, STAGES=1,
             HEAD_SIZE=HEAD_SIZE, CODES=CODES, CODES_MAIN=CODES_MAIN, CODES_REST=CODES_REST, MAIN=MAIN, REST=REST,
             BLOCK_K=BLOCK_K, TILE_Q=TILE_Q, TILE_K=TAIL_TILE, SCALE_GROUP=SCALE_GROUP,
@@ -279,7 +280,7 @@ _LAUNCHES = {
     ("int8_fp8", 128): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
     ("int8_fp8", 256): Launch(tile_q=64, tile_k=32, num_warps=8, num_stages=3),
 }
-# Warps a program where the list's query blocks are smaller than the pinned tile.
+# Warps a program where the list's blocks are smaller than the pinned tile (see `attention`).
 _CUT_WARPS = 4
 # Keys a tile at the ragged end.
 _TAIL_TILE = 32
@@ -295,8 +296,10 @@ def launch_for(precision: str, head_size: int, block_q: int, block_k: int) -> La
         block_k: key tokens a block of the list.
     """
     pinned = _LAUNCHES[precision, triton.next_power_of_2(head_size)]
-    num_warps = pinned.num_warps if pinned.tile_q <= block_q else _CUT_WARPS
-    return Launch(min(pinned.tile_q, block_q), min(pinned.tile_k, block_k), num_warps, pinned.num_stages)
+    num_warps = pinned.num_warps if pinned.tile_q <= block_q and pinned.tile_k <= block_k else _CUT_WARPS
+    # 16 x 16 FP8 values are 2 bytes a thread, less than a pipelined load takes.
+    num_stages = 1 if precision == "int8_fp8" and block_k < 32 else pinned.num_stages
+    return Launch(min(pinned.tile_q, block_q), min(pinned.tile_k, block_k), num_warps, num_stages)
 
 
 def constants(
@@ -336,6 +339,8 @@ def triton_quantized_attention(
 ) -> tuple[Tensor, Tensor]:
     """The contract of `ops.block_sparse_attention` on codes made with the same order, arguments already checked.
 
+    16-bit values that are not `aligned` are copied.
+
     Returns:
         out [B, H, Sq, D] in `dtype` and lse, both in the tokens' own order.
     """
@@ -346,17 +351,15 @@ def triton_quantized_attention(
     indices = indices.expand(batch, heads, -1, -1)
     counts = counts.expand(batch, heads, -1)
     precision = "int8" if codes.v_scale is None else "int8_fp8"
-    v_batch, v_head, v_token, v_dim = codes.v.stride()
-    if precision == "int8_fp8":
-        v_token, v_dim = v_dim, v_token
+    v = aligned(codes.v)
     launch = launch_for(precision, codes.head_size, block_q, block_k)
     grid = (triton.cdiv(seq_q, launch.tile_q), heads, batch)
     with torch.cuda.device_of(codes.q):
         int8_forward_kernel[grid](
-            codes.q, codes.q_scale, codes.lse_shift, codes.k, codes.k_scale, codes.v, codes.v_scale, codes.v_mean,
+            codes.q, codes.q_scale, codes.lse_shift, codes.k, codes.k_scale, v, codes.v_scale, codes.v_mean,
             order, out, lse, indices, counts,
-            v_batch, v_head, v_token, v_dim, 0 if order is None or len(order) == 1 else order.stride(0),
-            *out.stride()[:3], *indices.stride(), *counts.stride(),
+            *pieces(v), 0 if order is None or len(order) == 1 else order.stride(0),
+            *pieces(out), *indices.stride(), *counts.stride(),
             seq_q, codes.seq_k, codes.k.shape[2],
             **constants(precision, codes.head_size, block_q, block_k, codes.seq_k, order is not None, launch),
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,

@@ -16,7 +16,7 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from sparse_dit.kernels.attention import LOG2_E, column_split
+from sparse_dit.kernels.attention import LOG2_E, aligned, column_split, pieces
 
 
 @triton.jit
@@ -30,7 +30,6 @@ def _add_tiles(
     p_k,
     p_mass,
     k_token,
-    k_dim,
     mass_q,
     n_parts_q,
     n_parts_k,
@@ -51,11 +50,10 @@ def _add_tiles(
     PARTS_K: tl.constexpr = TILE_K // PART_K
     o_tile = tl.arange(0, TILE_K).to(tl.int64)  # [TILE_K]
     o_main = tl.arange(0, MAIN)
-    o_k = o_tile[:, None] * k_token + o_main[None, :] * k_dim  # [TILE_K, MAIN]
+    o_k = o_tile[:, None] * k_token + o_main[None, :]  # [TILE_K, MAIN]
     if REST > 0:
-        o_rest = MAIN + tl.arange(0, REST)
-        m_rest = o_rest < HEAD_SIZE
-        o_k_rest = o_tile[:, None] * k_token + o_rest[None, :] * k_dim  # [TILE_K, REST]
+        o_rest = HEAD_SIZE - REST + tl.arange(0, REST)
+        o_k_rest = o_tile[:, None] * k_token + o_rest[None, :]  # [TILE_K, REST]
     step = tl.full([], TILE_K, tl.int64)
     o_part_q = tl.arange(0, PARTS_Q)
     o_part_k = tl.arange(0, PARTS_K)
@@ -67,8 +65,8 @@ def _add_tiles(
         b_k = tl.load(p_k_main, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_k_main)
         b_s = tl.dot(b_q, tl.trans(b_k))  # [TILE_Q, TILE_K]
         if REST > 0:
-            m_k_rest = m_rest[None, :] & m_token[:, None] if MASKED else m_rest[None, :]
-            b_k_rest = tl.load(p_k_tile + o_k_rest, mask=m_k_rest, other=0.0)
+            p_k_rest = p_k_tile + o_k_rest  # [TILE_K, REST]
+            b_k_rest = tl.load(p_k_rest, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_k_rest)
             b_s = tl.dot(b_q_rest, tl.trans(b_k_rest), b_s)
         b_p = tl.exp2(b_s * qk_scale - b_lse[:, None])
         if MASKED:
@@ -90,11 +88,9 @@ def block_mass_kernel(
     q_batch,
     q_head,
     q_token,
-    q_dim,
     k_batch,
     k_head,
     k_token,
-    k_dim,
     lse_batch,
     lse_head,
     lse_token,
@@ -118,19 +114,22 @@ def block_mass_kernel(
 
     One program computes TILE_Q queries of one head against all its keys. Programs that run side by side belong to one
     head, so that they share its K in L2. PART_Q and PART_K cut the tile to the blocks; where a block is larger than the
-    tile its parts are added afterwards, so each is divided by the rows of the whole block.
+    tile its parts are added afterwards, so each is divided by the rows of the whole block. Columns are split as in
+    `attention`, and strides of q and k counted in pieces of 16 bytes.
     """
+    PIECE: tl.constexpr = 128 // p_q.dtype.element_ty.primitive_bitwidth
+    q_token, k_token = tl.cast(q_token, tl.int64) * PIECE, tl.cast(k_token, tl.int64) * PIECE
     i_tile, i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_q = i_tile * TILE_Q + tl.arange(0, TILE_Q)  # [TILE_Q]
     o_main = tl.arange(0, MAIN)
     m_q = o_q < seq_q
-    p_q_row = p_q + i_b * q_batch + i_h * q_head + o_q[:, None] * q_token
-    b_q = tl.load(p_q_row + o_main[None, :] * q_dim, mask=m_q[:, None], other=0.0)  # [TILE_Q, MAIN]
+    p_q_row = p_q + (i_b * q_batch + i_h * q_head) * PIECE + o_q[:, None] * q_token
+    b_q = tl.load(p_q_row + o_main[None, :], mask=m_q[:, None], other=0.0)  # [TILE_Q, MAIN]
     b_q_rest = b_q
     if REST > 0:
-        o_rest = MAIN + tl.arange(0, REST)
-        m_q_rest = m_q[:, None] & (o_rest < HEAD_SIZE)[None, :]
-        b_q_rest = tl.load(p_q_row + o_rest[None, :] * q_dim, mask=m_q_rest, other=0.0)
+        o_rest = HEAD_SIZE - REST + tl.arange(0, REST)
+        m_q_rest = m_q[:, None] & (o_rest >= MAIN)[None, :]
+        b_q_rest = tl.load(p_q_row + o_rest[None, :], mask=m_q_rest, other=0.0)
     # Rows behind the end weigh 2^-inf = 0.
     LOG2_E: tl.constexpr = 1.4426950408889634
     p_lse += i_b * lse_batch + i_h * lse_head
@@ -144,17 +143,17 @@ def block_mass_kernel(
     b_weight = 1.0 / rows.to(tl.float32)
     n_parts_q = tl.cdiv(seq_q, PART_Q) - part
     n_parts_k = tl.cdiv(seq_k, PART_K)
-    p_k += i_b * k_batch + i_h * k_head
+    p_k += (i_b * k_batch + i_h * k_head) * PIECE
     p_mass += i_b * mass_batch + i_h * mass_head + part * mass_q
     whole = seq_k // TILE_K
     _add_tiles(
-        b_q, b_q_rest, b_lse, b_weight, 0, whole, p_k, p_mass, k_token, k_dim, mass_q, n_parts_q, n_parts_k, seq_k,
+        b_q, b_q_rest, b_lse, b_weight, 0, whole, p_k, p_mass, k_token, mass_q, n_parts_q, n_parts_k, seq_k,
         qk_scale, MASKED=False, STAGES=None,
         HEAD_SIZE=HEAD_SIZE, MAIN=MAIN, REST=REST, PART_Q=PART_Q, PART_K=PART_K, TILE_Q=TILE_Q, TILE_K=TILE_K,
     )  # fmt: skip
     if RAGGED_K:
         _add_tiles(
-            b_q, b_q_rest, b_lse, b_weight, whole, whole + 1, p_k, p_mass, k_token, k_dim, mass_q, n_parts_q, n_parts_k,
+            b_q, b_q_rest, b_lse, b_weight, whole, whole + 1, p_k, p_mass, k_token, mass_q, n_parts_q, n_parts_k,
             seq_k, qk_scale, MASKED=True, STAGES=1,
             HEAD_SIZE=HEAD_SIZE, MAIN=MAIN, REST=REST, PART_Q=PART_Q, PART_K=PART_K, TILE_Q=TILE_Q, TILE_K=TILE_K,
         )  # fmt: skip
@@ -204,7 +203,8 @@ def constants(head_size: int, block_q: int, block_k: int, seq_k: int, launch: La
 def triton_mass(
     q: Tensor, k: Tensor, lse: Tensor, block_q: int, block_k: int, scale: float, launch: Launch | None = None
 ) -> Tensor:
-    """The contract of `mass.block_mass`, arguments already checked."""
+    """The contract of `mass.block_mass`, arguments already checked; copies tensors not `aligned`."""
+    q, k = aligned(q), aligned(k)
     batch, heads, seq_q, head_size = q.shape
     seq_k = k.shape[2]
     launch = launch or launch_for(head_size)
@@ -213,7 +213,7 @@ def triton_mass(
     mass = _parts(q, block_q, block_k, part_q, part_k, seq_k)
     with torch.cuda.device_of(q):
         block_mass_kernel[(triton.cdiv(seq_q, launch.tile_q), heads, batch)](
-            q, k, lse, mass, *q.stride(), *k.stride(), *lse.stride(), *mass.stride()[:3],
+            q, k, lse, mass, *pieces(q), *pieces(k), *lse.stride(), *mass.stride()[:3],
             seq_q, seq_k, scale * LOG2_E, **fixed,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_dit.kernels.attention import PIECE_BYTES, is_aligned, pieces
+
 
 @triton.jit
 def pool_kernel(
@@ -34,6 +36,7 @@ def pool_kernel(
     tokens,
     n_blocks,
     block,
+    PIECE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILE: tl.constexpr,
@@ -43,12 +46,16 @@ def pool_kernel(
 ):
     """mean = sum_i x_i / n, similarity = |sum_i x_i / |x_i||^2 / n^2, i over the n tokens of one block of one head.
 
+    Strides of x but that of its channels are in PIECE elements: 16 bytes where all of them are multiples of that, which
+    the compiler then knows and loads by, else 1.
+
     Sums stay apart by row of the tile until the end: the loop over tiles exchanges nothing between threads but norms.
     """
     i_n, i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_d = tl.arange(0, COLUMNS)
     m_d = o_d < HEAD_SIZE
-    p_x += i_b * x_batch + i_h * x_head
+    p_x += (i_b * x_batch + i_h * x_head) * PIECE
+    x_token = tl.cast(x_token, tl.int64) * PIECE
     first = i_n * block
     end = tl.minimum(first + block, tokens)
     b_subtract = tl.zeros([COLUMNS], tl.float32)
@@ -98,11 +105,12 @@ def launch_for(similarity: bool) -> Launch:
 
 
 def constants(
-    head_size: int, block: int, launch: Launch, *, ordered: bool, subtracted: bool, similarity: bool
+    head_size: int, block: int, launch: Launch, *, piece: int, ordered: bool, subtracted: bool, similarity: bool
 ) -> dict[str, object]:
     """The kernel's compile-time arguments."""
     columns = triton.next_power_of_2(head_size)
     return {
+        "PIECE": piece,
         "HEAD_SIZE": head_size,
         "COLUMNS": columns,
         "TILE": min(triton.next_power_of_2(block), max(1, launch.elements // columns)),
@@ -129,12 +137,19 @@ def triton_pool(
     n_blocks = triton.cdiv(tokens, block)
     means = torch.empty(batch, heads, n_blocks, head_size, dtype=torch.float32, device=x.device)
     alike = torch.empty(batch, heads, n_blocks if similarity else 0, dtype=torch.float32, device=x.device)
+    strides, piece = (pieces(x), PIECE_BYTES // x.element_size()) if is_aligned(x) else (x.stride()[:-1], 1)
     fixed = constants(
-        head_size, block, launch, ordered=order is not None, subtracted=subtract is not None, similarity=similarity
+        head_size,
+        block,
+        launch,
+        piece=piece,
+        ordered=order is not None,
+        subtracted=subtract is not None,
+        similarity=similarity,
     )
     with torch.cuda.device_of(x):
         pool_kernel[(n_blocks, heads, batch)](
-            x, order, subtract, means, alike, *x.stride(),
+            x, order, subtract, means, alike, *strides, x.stride(-1),
             *(order.stride() if order is not None else (0, 0)),
             *(subtract.stride() if subtract is not None else (0, 0, 0)),
             tokens, n_blocks, block, **fixed, num_warps=launch.num_warps, enable_fp_fusion=True,

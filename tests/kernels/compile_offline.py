@@ -38,9 +38,9 @@ NATIVE = ((64, 64, 4096, "bf16"), (72, 32, 1000, "fp16"), (128, 128, 4000, "bf16
 QUANTIZED = ((64, 64, 4096), (72, 32, 1000), (128, 128, 4000))
 
 
-def native_variants() -> Iterator[Variant]:
+def native_variants(architecture: str) -> Iterator[Variant]:
     for head_size, block, tokens, dtype in NATIVE:
-        launch = attention.launch_for(head_size, block, block)
+        launch = attention.launch_for(head_size, block, block, architecture)
         fixed = attention.constants(head_size, block, block, tokens, launch)
         pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_out"), dtype) | {"p_indices": "i32", "p_counts": "i32"}
         yield Variant(attention.block_sparse_forward_kernel, fixed, pointers, launch.num_warps, launch.num_stages)
@@ -54,7 +54,6 @@ def quantized_variants(precision: str, every: bool) -> Iterator[Variant]:
     for head_size, block, tokens in QUANTIZED if every else QUANTIZED[1:2]:
         launch = attention_int8.launch_for(precision, head_size, block, block)
         fixed = attention_int8.constants(precision, head_size, block, block, tokens, ordered=True, launch=launch)
-        fixed["v_token" if fp8 else "v_dim"] = 1
         yield Variant(attention_int8.int8_forward_kernel, fixed, pointers, launch.num_warps, launch.num_stages)
     pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_signs"), "bf16")
     pointers |= {"p_order": "i64", "p_q_codes": "i8", "p_k_codes": "i8", "p_v_codes": codes}
@@ -67,7 +66,7 @@ def quantized_variants(precision: str, every: bool) -> Iterator[Variant]:
 
 
 def variants(target: GPUTarget) -> Iterator[Variant]:
-    yield from native_variants()
+    yield from native_variants(f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch))
     yield from quantized_variants("int8", every=target.arch == 90)
     if target.backend == "cuda" and target.arch >= 89:
         yield from quantized_variants("int8_fp8", every=target.arch == 90)
@@ -77,9 +76,8 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
     signature: dict[str, str] = {}
     attributes = {}
     fixed = dict(variant.fixed)
-    transposed = "v_token" in fixed
     for position, name in enumerate(variant.kernel.arg_names):
-        if name.endswith("_dim") and not (transposed and name == "v_dim"):
+        if name.endswith("_dim"):
             fixed[name] = 1  # as the launcher specialises a stride of 1
         if name == "i_index":
             fixed[name] = 1
@@ -89,7 +87,8 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
             signature[name] = f"*{variant.pointers.get(name, 'fp32')}"
         else:
             signature[name] = "fp32" if "scale" in name else "i32"
-        aligned = name.startswith(("p_", "q_", "k_", "v_", "out_")) or name == "padded_k"
+        # Nothing is known of strides: of heads of 72 channels they are no multiples of 16.
+        aligned = name.startswith("p_") or name == "padded_k"
         if aligned and signature[name] != "constexpr":
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, constexprs=fixed, attrs=attributes)

@@ -80,6 +80,21 @@ def test_views_with_offsets_and_odd_strides(check, random_mask, backend):
     check(q, k, v, random_mask(1, 1, 3, 3), 64, 64, backend)
 
 
+def test_only_rows_out_of_line_are_copied():
+    from sparse_dit.kernels.attention import aligned, pieces
+
+    memory = torch.zeros(2, 40, 3, 80, dtype=torch.float16)
+    heads = memory[..., 8:].transpose(1, 2)
+    assert aligned(heads) is heads
+    assert pieces(heads) == [1200, 10, 30]
+    single = memory[:1, ..., 8:].as_strided((1, 3, 40, 72), (7, 80, 240, 1), 8)  # no entry lies at the odd stride
+    assert aligned(single) is single
+    for odd in (memory[..., 4:76], memory[..., ::2], memory[..., 1:], torch.zeros(2, 3, 76, dtype=torch.float16)):
+        copy = aligned(odd)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() != odd.data_ptr()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_expanded_heads(check, random_mask, backend):
     q, k, v = (torch.randn(1, 1, 130, 64).expand(2, 3, 130, 64) for _ in range(3))
@@ -249,6 +264,11 @@ class TestCuda:
         qkv = torch.randn(2, 333, 3, 4, 64, device="cuda", dtype=torch.bfloat16)
         q, k, v = (qkv[:, 33:, i].transpose(1, 2) for i in range(3))
         check(q, k, v, random_mask(1, 1, 5, 5).cuda(), 64, 64, "triton")
+
+    @pytest.mark.parametrize("head_size", [72, 88])
+    def test_rows_that_start_between_pieces_of_16_bytes(self, check, random_mask, head_size):
+        memory = torch.randn(3, 1, 2, 333, head_size + 1, device="cuda", dtype=torch.bfloat16)
+        check(*memory[..., 1:], random_mask(1, 1, 6, 6).cuda(), 64, 64, "triton")
 
     def test_offsets_beyond_two_gigabytes(self, check, random_mask):
         memory = torch.randn(130, 2**25 // 64, 64, device="cuda", dtype=torch.bfloat16)  # tokens 2^25 elements apart
