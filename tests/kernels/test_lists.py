@@ -350,13 +350,14 @@ def cuda_calls(scores: Tensor, forced: Tensor | None) -> list[Callable[[], Block
     """Each way from scores to lists, on the device of scores."""
     device, heads = scores.device, scores.shape[1]
     probabilities = scores.softmax(dim=-1)
+    at_least = min(3, scores.shape[-1])
     keep, p = torch.arange(1, heads + 1, device=device), torch.linspace(0.1, 0.9, heads, device=device)
     return [
         lambda: top_k_lists(scores, 7, forced=forced, **SIZES),
         lambda: top_k_lists(scores, keep, forced=forced, **SIZES),
         lambda: top_k_lists(scores, 7, forced=forced, per="head", **SIZES),
         lambda: top_p_lists(probabilities, p, crossing=True, forced=forced, **SIZES),
-        lambda: top_p_lists(probabilities, 0.5, crossing=False, forced=forced, at_least=3, **SIZES),
+        lambda: top_p_lists(probabilities, 0.5, crossing=False, forced=forced, at_least=at_least, **SIZES),
         lambda: threshold_lists(scores, 0.9876543, forced=forced, **SIZES),
         lambda: mask_to_lists(
             unpack_bits(pack_bits(scores >= 0), scores.shape[-1]), capacity=scores.shape[-1], **SIZES
