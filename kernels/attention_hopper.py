@@ -170,13 +170,15 @@ def _scales_of_parts(p_k_scale, p_v_scale, v_scale_top, p_indices, i_index, bloc
 
 
 @gluon.jit
-def _attend(tiles, rings, turns, lists, scales, ends, wg: gl.constexpr, PARTS: gl.constexpr, ORDERED: gl.constexpr):
+def _attend(
+    tiles, rings, turns, lists, scales, rows, ends, wg: gl.constexpr, PARTS: gl.constexpr, ORDERED: gl.constexpr
+):
     """A consumer: 64 queries over all tiles of the list, the last tile first, the only one that needs a mask."""
     b_queries, b_k, b_v, b_out = tiles
     q_full, k_full, k_empty, v_full, v_empty = rings
     p_indices, i_index, blocks, valid = lists
     p_q_scale, p_k_scale, p_v_scale, v_scale_top, scale = scales
-    p_out, out_token, p_lse, p_lse_shift, p_v_mean, p_order, first_row, seq_q, head_size = ends
+    first_row, seq_q = rows
     STAGES: gl.constexpr = b_k.shape[0]
     TILE_K: gl.constexpr = b_k.shape[3]
     D: gl.constexpr = b_out.shape[2]
@@ -259,6 +261,13 @@ def _attend(tiles, rings, turns, lists, scales, ends, wg: gl.constexpr, PARTS: g
     b_p = gl.convert_layout(b_p.reshape([64, TILE_K]), s_layout, assert_trivial=True)
     b_acc = warpgroup_mma_wait(0, deps=[_weigh(b_p, b_v, last, b_acc, PARTS, v_layout, dtype)])
 
+    # Kernel arguments as they came, and rows behind a fence: what follows is computed here and not kept in registers,
+    # let alone spilled, from before the loop to here.
+    first_row = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [first_row], gl.int32, is_pure=False, pack=1)
+    o_row = first_row + wg * 64 + gl.arange(0, 64, row_layout)
+    p_out, out_batch, out_head, out_token, p_lse, p_lse_shift, p_v_mean, p_order, order_head, heads, head_size = ends
+    i_bh = gl.program_id(0) // gl.cdiv(seq_q, 128)
+    far_b, far_h, far_bh = (i_bh // heads).to(gl.int64), (i_bh % heads).to(gl.int64), i_bh.to(gl.int64)
     LN_2: gl.constexpr = 0.6931471805599453
     b_lse = (b_max + gl.log2(b_sum)) * LN_2
     if FP8:
@@ -266,10 +275,13 @@ def _attend(tiles, rings, turns, lists, scales, ends, wg: gl.constexpr, PARTS: g
     b_result = b_acc / gl.convert_layout(gl.expand_dims(b_sum, 1), acc_layout)
     if FP8:
         o_mean = gl.arange(0, D, gl.SliceLayout(0, acc_layout))
-        b_result += gl.expand_dims(gl.load(p_v_mean + o_mean, mask=o_mean < head_size, other=0.0), 0)
+        p_mean = p_v_mean + far_bh * head_size
+        b_result += gl.expand_dims(gl.load(p_mean + o_mean, mask=o_mean < head_size, other=0.0), 0)
     if QUANTIZED:
-        b_lse += gl.load(p_lse_shift + o_row, mask=o_row < seq_q, other=0.0)
-    gl.store(p_lse + _tokens(p_order, o_row, seq_q, ORDERED), b_lse, mask=o_row < seq_q)
+        b_lse += gl.load(p_lse_shift + far_bh * seq_q + o_row, mask=o_row < seq_q, other=0.0)
+    if ORDERED:
+        p_order += far_h * order_head
+    gl.store(p_lse + far_bh * seq_q + _tokens(p_order, o_row, seq_q, ORDERED), b_lse, mask=o_row < seq_q)
     # Through shared memory, so that rows are stored in pieces of 16 bytes, each to its token.
     b_out.index(wg).store(b_result.to(dtype))
     store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
@@ -277,8 +289,9 @@ def _attend(tiles, rings, turns, lists, scales, ends, wg: gl.constexpr, PARTS: g
     o_row = first_row + wg * 64 + gl.arange(0, 64, gl.SliceLayout(1, store_layout))
     o_token = _tokens(p_order, o_row, seq_q, ORDERED)
     o_dim = gl.arange(0, D, gl.SliceLayout(0, store_layout))
-    p_rows = p_out + gl.expand_dims(o_token.to(gl.int64) * out_token, 1) + gl.expand_dims(o_dim, 0)
-    gl.store(p_rows, b_rows, mask=gl.expand_dims(o_row < seq_q, 1) & gl.expand_dims(o_dim < head_size, 0))
+    p_rows = p_out + far_b * out_batch + far_h * out_head + gl.expand_dims(o_token.to(gl.int64) * out_token, 1)
+    m_rows = gl.expand_dims(o_row < seq_q, 1) & gl.expand_dims(o_dim < head_size, 0)
+    gl.store(p_rows + gl.expand_dims(o_dim, 0), b_rows, mask=m_rows)
 
 
 @gluon.jit
@@ -318,19 +331,13 @@ def hopper_forward_kernel(
     far_h, far_b, far_bh = i_h.to(gl.int64), i_b.to(gl.int64), i_bh.to(gl.int64)
     blocks = gl.load(p_counts + far_b * c_batch + far_h * c_head + i_block * c_row)
     p_indices += far_b * i_batch + far_h * i_head + i_block.to(gl.int64) * i_row
-    p_out += far_b * out_batch + far_h * out_head
-    p_lse += far_bh * seq_q
     v_scale_top = scale
     if QUANTIZED:
         p_q_scale += far_bh * seq_q
-        p_lse_shift += far_bh * seq_q
         p_k_scale += far_bh * groups
     if FP8:
         p_v_scale += far_bh * groups
-        p_v_mean += far_bh * head_size
         v_scale_top = gl.load(p_v_scale_top + far_bh)
-    if ORDERED:
-        p_order += far_h * order_head
     # Keys of the first tile, the one at the list's end: the list may not fill it, and its last block may be ragged.
     last_block = gl.load(p_indices + (blocks - 1) * i_index)
     valid = (blocks - 1) % PARTS * BLOCK_K + gl.minimum(seq_k - last_block * BLOCK_K, BLOCK_K)
@@ -370,12 +377,15 @@ def hopper_forward_kernel(
     rings = (q_full, k_full, k_empty, v_full, v_empty)
     lists = (p_indices, i_index, blocks, valid)
     scales = (p_q_scale, p_k_scale, p_v_scale, v_scale_top, scale)
-    ends = (p_out, out_token, p_lse, p_lse_shift, p_v_mean, p_order, first_row, seq_q, head_size)
+    rows = (first_row, seq_q)
+    ends = (
+        p_out, out_batch, out_head, out_token, p_lse, p_lse_shift, p_v_mean, p_order, order_head, heads, head_size
+    )  # fmt: skip
     copied = (d_k, d_v, b_k, b_v)
     gl.warp_specialize(
         [
-            (_attend, (tiles, rings, turns, lists, scales, ends, 0, PARTS, ORDERED)),
-            (_attend, (tiles, rings, turns, lists, scales, ends, 1, PARTS, ORDERED)),
+            (_attend, (tiles, rings, turns, lists, scales, rows, ends, 0, PARTS, ORDERED)),
+            (_attend, (tiles, rings, turns, lists, scales, rows, ends, 1, PARTS, ORDERED)),
             (_load_tiles, (copied, rings, p_indices, i_index, blocks, i_b, i_h, PARTS)),
         ],
         [4, 1],

@@ -2,6 +2,12 @@
 
 import math
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -34,6 +40,24 @@ def test_is_refused_off_hopper(qkv, random_mask):
     assert default_backend(q, k, v, lists, "native") == "host"
     with pytest.raises(ValueError, match=r"^backend: 'hopper', but q is torch.float16 on cpu; valid: 'triton'"):
         block_sparse_attention(q, k, v, lists, backend="hopper")
+
+
+def test_compiles_without_spilling(tmp_path):
+    # Apart from the other tests' process: Triton reads TRITON_INTERPRET once, when a kernel is defined.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_offline_hopper.py")],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    compiled = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(compiled) == 5
+    for kernel in compiled:
+        assert kernel["shared_memory"] <= 232_448
+        assert kernel["stack_bytes"] == 0
 
 
 @pytest.mark.gpu

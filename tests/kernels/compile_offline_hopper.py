@@ -1,0 +1,75 @@
+"""Compiles the Hopper kernel and prints a line of JSON a variant: python compile_offline_hopper.py"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from sparse_dit.kernels.attention_hopper import hopper_forward_kernel
+
+# precision, head size, keys a block, with an order
+VARIANTS = (
+    ("native", 128, 128, False),
+    ("native", 64, 32, False),
+    ("int8", 128, 64, True),
+    ("int8_fp8", 128, 128, False),
+    ("int8_fp8", 128, 64, True),
+)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def descriptor(dtype: str, rows: int, columns: int) -> str:
+    bits = 16 if dtype == "bf16" else 8
+    layout = gl.NVMMASharedLayout(min(128, columns * bits // 8), bits, 4)
+    return f"tensordesc<{dtype}[1,1,{rows},{columns}],{layout!r}>"
+
+
+def source(precision: str, head_size: int, block_k: int, ordered: bool) -> GluonASTSource:
+    codes, fp8 = precision != "native", precision == "int8_fp8"
+    fixed = {"ORDERED": ordered, "D": head_size, "STAGES": 3 if head_size == 128 else 4, "i_index": 1}
+    if not codes:
+        fixed |= dict.fromkeys(("p_q_scale", "p_lse_shift", "p_k_scale"))
+    if not fp8:
+        fixed |= dict.fromkeys(("p_v_scale", "p_v_scale_top", "p_v_mean"))
+    if not ordered:
+        fixed["p_order"] = None
+    types = {
+        "d_q": descriptor("i8" if codes else "bf16", 64, head_size),
+        "d_k": descriptor("i8", block_k, head_size) if codes else descriptor("bf16", block_k, 64),
+        "d_v": descriptor("fp8e4nv", head_size, block_k) if fp8 else descriptor("bf16", block_k, 64),
+        "p_out": "*bf16",
+        "p_order": "*i64",
+        "p_indices": "*i32",
+        "p_counts": "*i32",
+        "scale": "fp32",
+    }
+    names = hopper_forward_kernel.arg_names
+    signature = {name: types.get(name, "*fp32" if name.startswith("p_") else "i32") for name in names}
+    signature |= dict.fromkeys(fixed, "constexpr")
+    constants = {(position,): fixed[name] for position, name in enumerate(names) if name in fixed}
+    return GluonASTSource(hopper_forward_kernel, signature, constexprs=constants, attrs={})
+
+
+def stack_bytes(cubin: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return max(int(size) for size in re.findall(r"STACK:(\d+)", usage))
+
+
+def main() -> None:
+    for variant in VARIANTS:
+        kernel = triton.compile(source(*variant), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+        cubin = kernel.asm["cubin"]
+        print(json.dumps({"shared_memory": kernel.metadata.shared, "stack_bytes": stack_bytes(cubin)}))
+
+
+if __name__ == "__main__":
+    main()
