@@ -14,6 +14,7 @@ from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.gather import gather_tokens, scatter_tokens
 
 PRECISIONS = ("native", "int8", "int8_fp8")
+SKIPPED = ("drop", "summary")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -26,6 +27,7 @@ def block_sparse_attention(
     scale: float | None = None,
     precision: str = "native",
     order: Tensor | None = None,
+    skipped: str = "drop",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query block over its listed key blocks; inference only.
@@ -46,6 +48,10 @@ def block_sparse_attention(
             backend computes in fp32 from the same codes: it shows what a precision costs in accuracy and is not faster.
         order: int64 [1 or H, S] on q's device, each row a permutation: the ids of the tokens in the order in which they
             enter blocks; needs Sq = Sk = S. None: as they stand. Values are not read back for a check.
+        skipped: what becomes of blocks that a row does not list: "drop", nothing; "summary", each enters the row's
+            softmax as one more key, the mean of its k and v in the inputs' dtype, with the weight of its count of
+            tokens, and in the lse, too (`summary.merge_summaries`). The cost is that of these keys. Rows that list
+            every block are the same to the bit.
         backend: "hopper", "triton" or "host"; None is what `backends.default_backend` says.
 
     Returns:
@@ -63,9 +69,22 @@ def block_sparse_attention(
         raise ValueError(f"scale: {scale!r}; valid: a positive finite number, or None for 1 / sqrt(D)")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: {precision!r}; valid: one of {PRECISIONS}")
+    if skipped not in SKIPPED:
+        raise ValueError(f"skipped: {skipped!r}; valid: one of {SKIPPED}")
     backend = chosen_backend(q, k, v, blocks, precision, backend)
     out, lse = _block_sparse_attention(
-        q, k, v, blocks.indices, blocks.counts, order, blocks.block_q, blocks.block_k, scale, precision, backend
+        q,
+        k,
+        v,
+        blocks.indices,
+        blocks.counts,
+        order,
+        blocks.block_q,
+        blocks.block_k,
+        scale,
+        precision,
+        backend,
+        skipped,
     )
     return out, lse
 
@@ -123,7 +142,31 @@ def _block_sparse_attention(
     scale: float,
     precision: str,
     backend: str,
+    skipped: str = "drop",
 ) -> tuple[Tensor, Tensor]:
+    out, lse = _attend(q, k, v, indices, counts, order, block_q, block_k, scale, precision, backend)
+    if skipped == "summary":
+        from sparse_dit.kernels.summary import merge_summaries
+
+        blocks = BlockList(indices, counts, block_q, block_k, key_blocks=-(-k.shape[2] // block_k))
+        merge_summaries(out, lse, q, k, v, blocks, scale=scale, order=order, backend=backend)
+    return out, lse
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    order: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Attention along the lists alone, in the tokens' own order."""
     lists = (indices, counts, block_q, block_k)
     if precision != "native":
         from sparse_dit.kernels.quantize import quantize
@@ -171,6 +214,7 @@ def _(
     scale: float,
     precision: str,
     backend: str,
+    skipped: str = "drop",
 ) -> tuple[Tensor, Tensor]:
     batch, heads, seq_q, head_size = q.shape
     out = rearrange(q.new_empty(batch, seq_q, heads, head_size), "b s h d -> b h s d")

@@ -36,6 +36,28 @@ def oracle_attention(
     return torch.einsum("bhij,bhjd->bhid", (scores - lse[..., None]).exp(), v.double()), lse
 
 
+def oracle_summary_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask_blocks: Tensor, block_q: int, block_k: int, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same with one more key a block: its means, weighed by its tokens, for the rows that do not compute it.
+
+    Arguments and results as for `oracle_attention`. The keys are [k, mean k a block] and the values [v, mean v a
+    block] in one softmax, means in float64.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    parts = [[x.mean(dim=2) for x in y.double().split(block_k, dim=2)] for y in (k, v)]
+    mean_k, mean_v = (torch.stack(means, dim=2) for means in parts)
+    count = torch.tensor([len(part) for part in torch.arange(k.shape[2]).split(block_k)], device=q.device)
+    rows = mask_blocks.repeat_interleave(block_q, dim=-2)[..., : q.shape[2], :]
+    tokens = rows.repeat_interleave(block_k, dim=-1)[..., : k.shape[2]]
+    scores = torch.einsum("bhid,bhjd->bhij", q.double(), torch.cat((k.double(), mean_k), dim=2)) * scale
+    scores[..., k.shape[2] :] += count.double().log()
+    scores = scores.masked_fill(~torch.cat((tokens, ~rows), dim=-1), -torch.inf)
+    lse = scores.logsumexp(dim=-1)
+    values = torch.cat((v.double(), mean_v), dim=2)
+    return torch.einsum("bhij,bhjd->bhid", (scores - lse[..., None]).exp(), values), lse
+
+
 def oracle_quantized_attention(
     codes: Quantized, mask_blocks: Tensor, block_q: int, block_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
