@@ -116,7 +116,7 @@ def _rows(file: Path) -> Iterator[tuple[bytes, Row]]:
     """Each whole line and its row."""
     try:
         lines = file.read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for number, line in enumerate(lines, start=1):
         try:
