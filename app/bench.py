@@ -11,8 +11,11 @@ from rich.table import Table
 if TYPE_CHECKING:
     import torch
 
+    from sparse_dit.eval.bench.tune import Tuned
+
 SHAPES = ["12x32760x128", "4x118800x128", "48x17776x64", "8x75600x128", "24x4608x128", "16x1000x72"]
 DENSITIES = [0.5, 0.3, 0.2, 0.1, 1.0]
+HEAD_SIZES = [128, 64, 256]
 
 
 def bench(
@@ -60,6 +63,47 @@ def bench(
     if left := [row for row in measured if row["status"] == LEFT_OUT]:
         print(f"left out, {left[0]['reason']}: {'; '.join(f'{_shape(row)} {_case(row)}' for row in left)}")
     print(f"wrote {rows_file}")
+
+
+def tune_tiles(head_sizes: list[int] = HEAD_SIZES, seconds: float = 600.0, out: str | None = None) -> None:
+    """Measure how kernels are best launched on this GPU, and write it to a file that goes before what is pinned.
+
+    Args:
+        head_sizes: of 64, 128 and 256; others are launched as the next larger of these.
+        seconds: no launch is tried later.
+        out: the file; by default the one that kernels read, see SPARSE_DIT_TILES. Rows of other GPUs in it stay.
+    """
+    from sparse_dit.eval.bench.clock import CudaClock
+    from sparse_dit.eval.bench.tune import Tuned, measured_on, tune
+    from sparse_dit.kernels import tiles
+
+    for size in head_sizes:
+        if size not in tiles.HEAD_SIZES:
+            raise ValueError(f"head_sizes: {size}; valid: of {tiles.HEAD_SIZES}")
+    if not seconds > 0:
+        raise ValueError(f"seconds: {seconds}; valid: above 0")
+    device, file = _gpu(), tiles.user_file() if out is None else Path(out)
+    if file.exists():
+        tiles.read_rows(file.read_text(encoding="utf-8"), str(file))
+    print(f"measuring {measured_on()}")
+    for found in tune(device, _dtype(), CudaClock(device), head_sizes, seconds):
+        if isinstance(found, Tuned):
+            tiles.write_rows([found.row], file)
+            print(tuned_line(found), flush=True)
+        else:
+            print(found, flush=True)
+    print(f"wrote {file}")
+
+
+def tuned_line(found: "Tuned") -> str:
+    """What came of a kernel, precision and head size in one line."""
+    row, launch = found.row, found.row.launch
+    settings = f"{launch.tile_q} x {launch.tile_k}, {launch.num_warps} warps, {launch.num_stages} stages"
+    rest = "" if found.whole else ", time was up before all were tried"
+    return (
+        f"{row.kernel}, {row.precision}, head size {row.head_size}: {settings}, {found.ms:.3f} ms "
+        f"(pinned {found.pinned_ms:.3f} ms; {found.tried} measured, {len(found.refused)} refused{rest})"
+    )
 
 
 def _gpu() -> "torch.device":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_dit.app import tables
-from sparse_dit.app.bench import bench
+from sparse_dit.app.bench import bench, tune_tiles
 from sparse_dit.app.output import output_folder
 from sparse_dit.pipelines.generate import Request, check_video_file, load_pipeline, write_video
 from sparse_dit.pipelines.generate import generate as run_pipeline
@@ -325,4 +325,5 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], frozenset[str]]] = {
     "compare-files": (compare_files, frozenset()),
     "report": (report, frozenset()),
     "bench": (bench, frozenset()),
+    "tune-tiles": (tune_tiles, frozenset()),
 }

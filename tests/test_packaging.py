@@ -35,7 +35,7 @@ def run_python(code: str, cwd: Path, **environment: str) -> str:
 
 
 def shipped_files() -> set[str]:
-    """Names in the wheel of every Python file, recipe and model file that lies in the five folders."""
+    """Names in the wheel of every Python file, recipe, table of tiles and model file that lies in the five folders."""
     names = set()
     for room in ROOMS:
         home = "sparse_dit" if room == "sparse_dit" else f"sparse_dit/{room}"
@@ -46,7 +46,7 @@ def shipped_files() -> set[str]:
             names |= {
                 (Path(home) / inside / name).as_posix()
                 for name in files
-                if model or name.endswith((".py", ".yaml", "py.typed"))
+                if model or name.endswith((".py", ".yaml", "py.typed", "tiles.json"))
             }
     return names
 
