@@ -56,8 +56,11 @@ def run_processes(items: Sequence[Item], job: Job, devices: Sequence[str]) -> It
                 outcome, again = _receive(member, job)
                 if again is not None:
                     waiting.appendleft(again)
-                    members[members.index(member)] = _Member(job, member.device)
-                elif outcome is not None:
+                if member.connection.closed:
+                    members.remove(member)
+                    if waiting:
+                        members.append(_Member(job, member.device))
+                if outcome is not None:
                     yield outcome
     finally:
         for member in members:

@@ -1,6 +1,7 @@
 """A manifest and a folder: what is to be done, and doing it."""
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -148,7 +149,7 @@ def run_batch(plan: Plan, out: Path, job: Job, engine: Engine, provenance: Mappi
             try:
                 for refused in plan.refused:
                     journal.fail({"line": refused.line, "kind": "refused", "problem": refused.problem, "attempts": 0})
-                    bar.write(f"line {refused.line}: {refused.problem}")
+                    bar.write(f"line {refused.line}: {refused.problem}", file=sys.stderr)
                 for outcome in engine(plan.pending, job) if plan.pending else ():
                     _settle(outcome, journal, job, provenance, report, bar)
             except OSError as error:
@@ -179,7 +180,7 @@ def _settle(
         report.failed += 1
         fields = {"line": item.line, "id": item.id, "kind": outcome.kind, "problem": outcome.problem}
         journal.fail({**fields, "attempts": outcome.attempts, "prompt": item.request.prompt})
-        bar.write(f"line {item.line}: {outcome.problem} ({outcome.kind}, {outcome.attempts} attempts)")
+        bar.write(f"line {item.line}: {outcome.problem} ({outcome.kind}, {outcome.attempts} attempts)", file=sys.stderr)
         bar.set_postfix(failed=report.failed, refresh=False)
     bar.update()
 

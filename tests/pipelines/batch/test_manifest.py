@@ -161,7 +161,7 @@ def test_a_model_is_known_by_its_content(mini_wan: Path, tmp_path: Path) -> None
     content[-1] ^= 1
     weights.write_bytes(content)
     assert model_identity(str(copy)) != model_identity(str(mini_wan))
-    with pytest.raises(ValueError, match="^model: "):
+    with pytest.raises(ValueError, match=r"^model: "):
         model_identity(str(tmp_path / "none"))
 
 
@@ -180,5 +180,5 @@ def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch: pytest.MonkeyPat
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(ValueError, match="^model: 'owner/name' was not found on the Hub"):
+    with pytest.raises(ValueError, match=r"^model: 'owner/name' was not found on the Hub"):
         model_identity("owner/name")
