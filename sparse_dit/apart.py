@@ -1,5 +1,6 @@
 """Calls that one block list in one order cannot tell: heads left out, and queries and keys in orders of their own."""
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,14 @@ from sparse_dit.selection import Call, Chosen, Dynamic
 
 
 def attend_chosen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: Chosen, *, scale: float, precision: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    chosen: Chosen,
+    *,
+    scale: float,
+    precision: str,
+    skipped: str = "drop",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention along what was chosen.
 
@@ -21,6 +29,7 @@ def attend_chosen(
         chosen: what to compute.
         scale: factor on the scores.
         precision: one of `PRECISIONS`.
+        skipped: as `block_sparse_attention`, for the heads that are computed.
 
     Returns:
         out [B, H, S, D] in q's dtype and lse fp32 [B, H, S] in the model's order; zeros and -inf for heads that are
@@ -31,16 +40,19 @@ def attend_chosen(
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
         if len(heads):
             q, k, v = (x.index_select(1, heads) for x in (q, k, v))
-            part = attend_chosen(q, k, v, chosen._replace(heads=None), scale=scale, precision=precision)
+            part = attend_chosen(
+                q, k, v, chosen._replace(heads=None), scale=scale, precision=precision, skipped=skipped
+            )
             out, lse = out.index_copy(1, heads, part[0]), lse.index_copy(1, heads, part[1])
         return out, lse
+    attend = functools.partial(block_sparse_attention, scale=scale, precision=precision, skipped=skipped)
     if chosen.key_table is None:
-        return block_sparse_attention(q, k, v, chosen.blocks, scale=scale, precision=precision, order=chosen.table)
+        return attend(q, k, v, chosen.blocks, order=chosen.table)
     assert chosen.table is not None
     batch = q.shape[0]
     q, k, v = (_folded(x) for x in (q, k, v))
     k, v = (gather_tokens(x, chosen.key_table) for x in (k, v))
-    done = block_sparse_attention(gather_tokens(q, chosen.table), k, v, chosen.blocks, scale=scale, precision=precision)
+    done = attend(gather_tokens(q, chosen.table), k, v, chosen.blocks)
     out, lse = (
         rearrange(scatter_tokens(x, chosen.table, torch.empty_like(x)), "1 (b h) ... -> b h ...", b=batch) for x in done
     )

@@ -14,7 +14,7 @@ from sparse_dit.layout import TokenLayout, text_blocks
 from sparse_dit.orders import Clusters, Order, Rows
 from sparse_dit.recipe import Recipe
 from sparse_dit.selection import Call, Chosen, Dynamic, Every, Selection
-from sparse_dit.skipped import Reuse
+from sparse_dit.skipped import Reuse, Summarize
 from sparse_dit.state import Slot
 
 
@@ -143,7 +143,8 @@ def attend(
     backend = told_backend(q, k, v, chosen.blocks, "native" if whole is not None else recipe.precision)
     if whole is not None and not keeps_output:
         return Attended(whole[0], density, True, backend)
-    out, lse = attend_chosen(q, k, v, chosen, scale=scale, precision=recipe.precision)
+    skipped = "summary" if isinstance(recipe.skipped, Summarize) else "drop"
+    out, lse = attend_chosen(q, k, v, chosen, scale=scale, precision=recipe.precision, skipped=skipped)
     if not isinstance(recipe.skipped, Reuse):
         return Attended(out, density, False, backend)
     if whole is None:

@@ -10,7 +10,7 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Clusters
 from sparse_dit.recipe import Recipe
 from sparse_dit.selection import Dynamic, Every
-from sparse_dit.skipped import Reuse
+from sparse_dit.skipped import Reuse, Summarize
 
 GIB = 2**30
 
@@ -48,11 +48,14 @@ class Forecast:
             a budget to within the ragged end of the sequence; `None` when the content decides.
         list_bytes: block lists and tables of token ids that all layers share; 0 for a dynamic selection.
         kept_bytes: what all layers keep between steps, over all branches.
+        summary_density: what `skipped: summary` adds to the area that a sparse call computes, one key for each skipped
+            block: (1 - density) / block_k, or 1 / block_k, the most it can be, when the content decides.
     """
 
     density: float | None
     list_bytes: int
     kept_bytes: int
+    summary_density: float = 0.0
 
     @property
     def state_bytes(self) -> int:
@@ -100,8 +103,15 @@ def forecast(
     sparse_layers = sum(layer not in recipe.schedule.dense_layers for layer in range(layers))
     kept *= branches * sparse_layers
     if isinstance(recipe.selection, Dynamic):
-        return Forecast(recipe.selection.expected_density(layout, recipe.block_q, recipe.block_k), 0, kept)
+        density = recipe.selection.expected_density(layout, recipe.block_q, recipe.block_k)
+        return Forecast(density, 0, kept, _summary_density(recipe, density))
     planned = plan(recipe, layout, torch.device("cpu"), heads)
     lists = planned.blocks.indices.nbytes + planned.blocks.counts.nbytes
     tables = 0 if planned.table is None else planned.table.nbytes
-    return Forecast(planned.density, lists + tables, kept)
+    return Forecast(planned.density, lists + tables, kept, _summary_density(recipe, planned.density))
+
+
+def _summary_density(recipe: Recipe, density: float | None) -> float:
+    if not isinstance(recipe.skipped, Summarize):
+        return 0.0
+    return (1.0 - (density or 0.0)) / recipe.block_k

@@ -91,8 +91,9 @@ class Recipe:
             raise ValueError(
                 f"selection.sub_block: {part} with blocks of {self.block_q} x {self.block_k}; valid: a divisor of both"
             )
-        if isinstance(self.skipped, Reuse) and isinstance(self.selection, Every):
-            raise ValueError("skipped: 'reuse' with selection 'all', which skips nothing; valid: drop")
+        if isinstance(self.selection, Every) and not isinstance(self.skipped, Drop):
+            skipped = _name_of(self.skipped, SKIPPED)
+            raise ValueError(f"skipped: {skipped!r} with selection 'all', which skips nothing; valid: drop")
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> "Recipe":

@@ -17,6 +17,18 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Summarize:
+    """Each enters the same softmax as one key, its mean K and mean V, with the weight of its count of tokens.
+
+    So does Sol-Attn (arXiv 2607.24027) with blocks below its cutoff. Nothing is kept between steps. A row computes one
+    key more for each skipped block, at most 1 / block_k of the keys there are.
+    """
+
+    def __str__(self) -> str:
+        return "summary"
+
+
+@dataclass(frozen=True)
 class Reuse:
     """They keep what they added at the last refresh: Re-ttention (arXiv 2505.22918, NeurIPS 2025).
 
@@ -83,6 +95,10 @@ class Reuse:
         return batch * heads * layout.length * (head_size * itemsize + 4 * self.ratio)
 
 
-Skipped = Drop | Reuse
+Skipped = Drop | Summarize | Reuse
 
-SKIPPED: dict[str, type[Drop] | type[Reuse]] = {"drop": Drop, "reuse": Reuse}
+SKIPPED: dict[str, type[Drop] | type[Summarize] | type[Reuse]] = {
+    "drop": Drop,
+    "summary": Summarize,
+    "reuse": Reuse,
+}

@@ -9,7 +9,7 @@ from sparse_dit.orders import Axes, Hilbert, Rows, Tiles
 from sparse_dit.recipe import Recipe, load_recipe, recipe_names
 from sparse_dit.schedule import Schedule
 from sparse_dit.selection import Every, Gate, HeadTypes, Mass, Pooled, Radial, Window
-from sparse_dit.skipped import Drop, Reuse
+from sparse_dit.skipped import Drop, Reuse, Summarize
 
 
 def test_the_shipped_recipes() -> None:
@@ -50,7 +50,7 @@ PUBLISHED = {
     "sparge": (Rows(), Pooled(density=0.5), (0, 1.0, ()), (128, 64)),
     "sparge-cdf": (Rows(), Pooled(top_p=0.98, crossing=False, similarity=0.6), (0, 1.0, ()), (128, 64)),
     "sage2": (Rows(), Every(), (0, 1.0, ()), (128, 64)),
-    "gna": (Tiles((4, 4, 8)), Window(size=(18, 24, 24), stride=(16, 8, 8)), (15, 1.0, ()), (128, 128)),
+    "gna": (Tiles((2, 8, 8)), Window(size=(18, 24, 24), stride=(16, 8, 8)), (15, 1.0, ()), (128, 128)),
     "jenga": (Hilbert(), Pooled(top_p=0.3, least=0.25, adjacent=True), (0, 1.0, ()), (128, 128)),
     "sol": (Rows(), Pooled(tau=1.0), (0, 0.909, (0,)), (64, 64)),
     "subblock": (Rows(), Pooled(density=0.25, sub_block=16, reduction="logsumexp"), (10, 1.0, ()), (64, 64)),
@@ -71,6 +71,7 @@ def test_presets_that_keep_something_refresh_as_published() -> None:
     assert (re_ttention.schedule.refresh_every, re_ttention.skipped) == (5, Reuse(ramp=0.04))
     assert load_recipe("ditfastattn").skipped == Reuse(ratio=False)
     assert load_recipe("sage").precision == "int8"
+    assert load_recipe("sol").skipped == Summarize()
     assert load_recipe("sparge").precision == "int8_fp8"
 
 
@@ -106,6 +107,7 @@ def test_loading_takes_mappings_and_recipes() -> None:
         Recipe(selection=Window(size=(4, 5, 6))),
         Recipe(selection=Mass(), schedule=Schedule(refresh_steps=(2, 4)), skipped=Reuse(ratio=False), state_limit=2.5),
         Recipe(selection=HeadTypes(width=64), note="a note"),
+        Recipe(selection=Pooled(top_p=0.5), precision="int8", skipped=Summarize()),
     ],
 )
 def test_choices_of_all_kinds_survive_yaml(recipe: Recipe, tmp_path: Path) -> None:
@@ -139,7 +141,10 @@ def test_overrides_by_dotted_names() -> None:
         ({"block_q": 48}, r"block_q: 48; valid: 16, 32, 64, 128$"),
         ({"block_k": "64"}, r"block_k: '64'; valid: a whole number$"),
         ({"precision": "int3"}, r"precision: 'int3'; valid: native, int8, int8_fp8$"),
-        ({"skipped": "sumary"}, r"skipped.name: unknown name 'sumary'; valid: drop, reuse$"),
+        (
+            {"skipped": "sumary"},
+            r"skipped.name: unknown name 'sumary'; did you mean 'summary'\? valid: drop, summary, reuse$",
+        ),
         ({"order": "row"}, r"order.name: unknown name 'row'; did you mean 'rows'\? valid: rows, "),
         (
             {"selection": "radail"},
@@ -196,6 +201,8 @@ def test_overrides_by_dotted_names() -> None:
             r"selection.sub_block: 24 with blocks of 64 x 64; valid: a divisor of both$",
         ),
         ({"selection": "all", "skipped": "reuse"}, r"skipped: 'reuse' with selection 'all', which skips nothing"),
+        ({"selection": "all", "skipped": "summary"}, r"skipped: 'summary' with selection 'all', .*; valid: drop$"),
+        ({"skipped": {"name": "summary", "ramp": 0.1}}, r"skipped: unknown field 'ramp'; valid: $"),
         (
             {"selection": "radial", "skipped": "reuse"},
             r"skipped: 'reuse' with a refresh in every step, .*; valid: schedule.refresh_every above 1, or ",

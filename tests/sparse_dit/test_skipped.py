@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_dit.layout import TokenLayout
-from sparse_dit.skipped import Drop, Reuse
+from sparse_dit.skipped import Drop, Reuse, Summarize
 
 LAYOUT = TokenLayout((2, 5, 7))
 
@@ -64,6 +64,7 @@ def test_the_size_of_what_is_kept_is_told_beforehand(ratio: bool) -> None:
 
 def test_a_choice_reads_as_in_a_recipe() -> None:
     assert str(Drop()) == "drop"
+    assert str(Summarize()) == "summary"
     assert str(Reuse()) == "reuse ramp 0.04"
     assert str(Reuse(ratio=False)) == "reuse without ratio"
 
