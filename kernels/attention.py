@@ -5,13 +5,13 @@ gives the shape.
 Triton reads TRITON_INTERPRET when this module is imported.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from einops import rearrange
 from torch import Tensor
+
+from sparse_dit.kernels.tiles import Launch, architecture, pinned
 
 LOG2_E = 1.4426950408889634
 PIECE_BYTES = 16  # what a thread loads at once
@@ -205,27 +205,6 @@ def block_sparse_forward_kernel(
     tl.store(p_lse + i_b * lse_batch + i_h * lse_head + o_q, (b_max + tl.log2(b_sum)) * LN_2, mask=m_q)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How the kernel is cut and launched: queries and keys a tile, warps a program, tiles in flight."""
-
-    tile_q: int
-    tile_k: int
-    num_warps: int
-    num_stages: int
-
-
-# By whether a program may use 160 KB of shared memory and head size rounded up to a power of two. Rows of the second
-# kind fit the 99 KB of sm_86, 89 and 120, and the 64 KB of gfx942. No row spills registers on sm_90.
-_LAUNCHES = {
-    (True, 64): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
-    (True, 128): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
-    (True, 256): Launch(tile_q=64, tile_k=32, num_warps=8, num_stages=3),
-    (False, 64): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
-    (False, 128): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=2),
-    (False, 256): Launch(tile_q=64, tile_k=32, num_warps=8, num_stages=2),
-}
-_ROOMY = ("sm_80", "sm_90", "sm_100", "sm_103")
 # Warps a program where the list's blocks are smaller than the pinned tile: of 16 x 16 elements, 4 warps load two a
 # thread, and 4 bytes are the least that a pipelined load takes.
 _CUT_WARPS = 4
@@ -262,28 +241,18 @@ def pieces(x: Tensor) -> list[int]:
     return [stride // piece for stride in x.stride()[:-1]]
 
 
-def architecture_of(device: torch.device) -> str | None:
-    """A GPU's architecture as compilers name it, "sm_90" or "gfx942"; None for any other device."""
-    if device.type != "cuda":
-        return None
-    if torch.version.hip is not None:
-        name: str = torch.cuda.get_device_properties(device).gcnArchName
-        return name.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-
-
-def launch_for(head_size: int, block_q: int, block_k: int, architecture: str | None = None) -> Launch:
-    """Pinned launch settings: a table, no timing. Tiles are cut to the list's block sizes.
+def launch_for(head_size: int, block_q: int, block_k: int, arch: str) -> Launch:
+    """Pinned launch settings (see `tiles`), tiles cut to the list's block sizes.
 
     Args:
         head_size: D.
         block_q: query tokens a block of the list.
         block_k: key tokens a block of the list.
-        architecture: as `architecture_of` says; None, or one that is not known, is given what fits all of them.
+        arch: as `tiles.architecture` says.
     """
-    pinned = _LAUNCHES[architecture in _ROOMY, triton.next_power_of_2(head_size)]
-    num_warps = pinned.num_warps if pinned.tile_q <= block_q and pinned.tile_k <= block_k else _CUT_WARPS
-    return Launch(min(pinned.tile_q, block_q), min(pinned.tile_k, block_k), num_warps, pinned.num_stages)
+    whole = pinned("attention", "native", head_size, arch).launch
+    num_warps = whole.num_warps if whole.tile_q <= block_q and whole.tile_k <= block_k else _CUT_WARPS
+    return Launch(min(whole.tile_q, block_q), min(whole.tile_k, block_k), num_warps, whole.num_stages)
 
 
 def constants(head_size: int, block_q: int, block_k: int, seq_k: int, launch: Launch) -> dict[str, object]:
@@ -313,7 +282,7 @@ def triton_attention(
     # Lists of size 1 are shared: stride 0 walks them without a copy.
     indices = indices.expand(batch, heads, -1, -1)
     counts = counts.expand(batch, heads, -1)
-    launch = launch_for(head_size, block_q, block_k, architecture_of(q.device))
+    launch = launch_for(head_size, block_q, block_k, architecture(q.device))
     grid = (triton.cdiv(seq_q, launch.tile_q), heads, batch)
     with torch.cuda.device_of(q):
         block_sparse_forward_kernel[grid](

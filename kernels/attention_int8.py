@@ -15,8 +15,6 @@ in the 16-bit kernel; different are
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="operator, index, attr-defined, no-untyped-call"
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from sparse_dit.kernels.attention import aligned, column_split, pieces
 from sparse_dit.kernels.quantize import CODE_ALIGN, GROUP, Quantized, padded
+from sparse_dit.kernels.tiles import Launch, architecture, pinned
 
 
 @triton.jit
@@ -261,45 +260,27 @@ def int8_forward_kernel(
     tl.store(p_lse + i_bh * seq_q + o_out, b_lse, mask=m_q)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How the kernel is cut and launched: queries and keys a tile, warps a program, tiles in flight."""
-
-    tile_q: int
-    tile_k: int
-    num_warps: int
-    num_stages: int
-
-
-# By precision and head size rounded up to a power of two. Every row fits the shared memory of every architecture.
-_LAUNCHES = {
-    ("int8", 64): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
-    ("int8", 128): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
-    ("int8", 256): Launch(tile_q=64, tile_k=32, num_warps=4, num_stages=3),
-    ("int8_fp8", 64): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
-    ("int8_fp8", 128): Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
-    ("int8_fp8", 256): Launch(tile_q=64, tile_k=32, num_warps=8, num_stages=3),
-}
 # Warps a program where the list's blocks are smaller than the pinned tile (see `attention`).
 _CUT_WARPS = 4
 # Keys a tile at the ragged end.
 _TAIL_TILE = 32
 
 
-def launch_for(precision: str, head_size: int, block_q: int, block_k: int) -> Launch:
-    """Pinned launch settings: a table, no timing. Tiles are cut to the list's block sizes.
+def launch_for(precision: str, head_size: int, block_q: int, block_k: int, arch: str) -> Launch:
+    """Pinned launch settings (see `tiles`), tiles cut to the list's block sizes.
 
     Args:
         precision: "int8" or "int8_fp8".
         head_size: D.
         block_q: query tokens a block of the list.
         block_k: key tokens a block of the list.
+        arch: as `tiles.architecture` says.
     """
-    pinned = _LAUNCHES[precision, triton.next_power_of_2(head_size)]
-    num_warps = pinned.num_warps if pinned.tile_q <= block_q and pinned.tile_k <= block_k else _CUT_WARPS
+    whole = pinned("attention_int8", precision, head_size, arch).launch
+    num_warps = whole.num_warps if whole.tile_q <= block_q and whole.tile_k <= block_k else _CUT_WARPS
     # 16 x 16 FP8 values are 2 bytes a thread, less than a pipelined load takes.
-    num_stages = 1 if precision == "int8_fp8" and block_k < 32 else pinned.num_stages
-    return Launch(min(pinned.tile_q, block_q), min(pinned.tile_k, block_k), num_warps, num_stages)
+    num_stages = 1 if precision == "int8_fp8" and block_k < 32 else whole.num_stages
+    return Launch(min(whole.tile_q, block_q), min(whole.tile_k, block_k), num_warps, num_stages)
 
 
 def constants(
@@ -352,7 +333,7 @@ def triton_quantized_attention(
     counts = counts.expand(batch, heads, -1)
     precision = "int8" if codes.v_scale is None else "int8_fp8"
     v = aligned(codes.v)
-    launch = launch_for(precision, codes.head_size, block_q, block_k)
+    launch = launch_for(precision, codes.head_size, block_q, block_k, architecture(codes.q.device))
     grid = (triton.cdiv(seq_q, launch.tile_q), heads, batch)
     with torch.cuda.device_of(codes.q):
         int8_forward_kernel[grid](

@@ -8,8 +8,6 @@ comment gives the shape.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="operator, index, attr-defined, no-untyped-call"
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparse_dit.kernels.attention import LOG2_E, aligned, column_split, pieces
+from sparse_dit.kernels.tiles import Launch, architecture, pinned
 
 
 @triton.jit
@@ -159,29 +158,12 @@ def block_mass_kernel(
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How the kernel is cut and launched: queries and keys a tile, warps a program, tiles in flight."""
+def launch_for(head_size: int, arch: str) -> Launch:
+    """Pinned launch settings (see `tiles`).
 
-    tile_q: int
-    tile_k: int
-    num_warps: int
-    num_stages: int
-
-
-# By head size rounded up to a power of two. Every row fits the shared memory of every architecture
-# (99 KB a program on sm_86, 89 and 120) and leaves room for a second program on sm_90, whose matrix products then run
-# beside this one's exponentials.
-_LAUNCHES = {
-    64: Launch(tile_q=128, tile_k=128, num_warps=8, num_stages=3),
-    128: Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=3),
-    256: Launch(tile_q=64, tile_k=64, num_warps=4, num_stages=2),
-}
-
-
-def launch_for(head_size: int) -> Launch:
-    """Pinned launch settings: a table, no timing."""
-    return _LAUNCHES[triton.next_power_of_2(head_size)]
+    They leave room for a second program on sm_90, whose matrix products then run beside this one's exponentials.
+    """
+    return pinned("mass", "native", head_size, arch).launch
 
 
 def constants(head_size: int, block_q: int, block_k: int, seq_k: int, launch: Launch) -> dict[str, object]:
@@ -207,7 +189,7 @@ def triton_mass(
     q, k = aligned(q), aligned(k)
     batch, heads, seq_q, head_size = q.shape
     seq_k = k.shape[2]
-    launch = launch or launch_for(head_size)
+    launch = launch or launch_for(head_size, architecture(q.device))
     fixed = constants(head_size, block_q, block_k, seq_k, launch)
     part_q, part_k = min(block_q, launch.tile_q), min(block_k, launch.tile_k)
     mass = _parts(q, block_q, block_k, part_q, part_k, seq_k)

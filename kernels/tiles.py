@@ -111,7 +111,9 @@ def pinned(kernel: str, precision: str, head_size: int, arch: str) -> TileRow:
         ValueError: there is no such row, or a file of rows is damaged.
     """
     wide = next((size for size in HEAD_SIZES if head_size <= size), None)
-    rows = {**_rows(), **_tried.get({})}
+    rows: Mapping[Any, TileRow] = {**_rows(), **tried} if (tried := _tried.get({})) else _rows()
+    if row := rows.get((kernel, arch, wide, precision)):
+        return row
     wanted = (kernel, wide, precision)
     known = {row.architecture for row in rows.values() if (row.kernel, row.head_size, row.precision) == wanted}
     found = _nearest(arch, known)

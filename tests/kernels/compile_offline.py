@@ -46,13 +46,13 @@ def native_variants(architecture: str) -> Iterator[Variant]:
         yield Variant(attention.block_sparse_forward_kernel, fixed, pointers, launch.num_warps, launch.num_stages)
 
 
-def quantized_variants(precision: str, every: bool) -> Iterator[Variant]:
+def quantized_variants(precision: str, architecture: str, every: bool) -> Iterator[Variant]:
     fp8 = precision == "int8_fp8"
     codes = "fp8e4nv" if fp8 else "bf16"
     pointers = {"p_q": "i8", "p_k": "i8", "p_v": codes, "p_order": "i64", "p_out": "bf16"}
     pointers |= {"p_indices": "i32", "p_counts": "i32"}
     for head_size, block, tokens in QUANTIZED if every else QUANTIZED[1:2]:
-        launch = attention_int8.launch_for(precision, head_size, block, block)
+        launch = attention_int8.launch_for(precision, head_size, block, block, architecture)
         fixed = attention_int8.constants(precision, head_size, block, block, tokens, ordered=True, launch=launch)
         yield Variant(attention_int8.int8_forward_kernel, fixed, pointers, launch.num_warps, launch.num_stages)
     pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_signs"), "bf16")
@@ -66,10 +66,11 @@ def quantized_variants(precision: str, every: bool) -> Iterator[Variant]:
 
 
 def variants(target: GPUTarget) -> Iterator[Variant]:
-    yield from native_variants(f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch))
-    yield from quantized_variants("int8", every=target.arch == 90)
+    architecture = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+    yield from native_variants(architecture)
+    yield from quantized_variants("int8", architecture, every=target.arch == 90)
     if target.backend == "cuda" and target.arch >= 89:
-        yield from quantized_variants("int8_fp8", every=target.arch == 90)
+        yield from quantized_variants("int8_fp8", architecture, every=target.arch == 90)
 
 
 def compiled(variant: Variant, target: GPUTarget) -> Any:

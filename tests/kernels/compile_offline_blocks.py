@@ -50,7 +50,7 @@ SELECTIONS = (
 )
 
 
-def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], dict[str, str], int, int]]:
+def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], dict[str, str], int, int]]:
     """Kernel, compile-time arguments, types of the others, warps, stages; one variant a kernel or all of them."""
     last = None if every else 1
     for head_size, block, everything in POOLS[:last]:
@@ -62,7 +62,7 @@ def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], dict[str, str],
             fixed |= {"p_order": None, "p_subtract": None}
         yield pool_triton.pool_kernel, fixed, {"p_x": "*bf16"}, pool.num_warps, 3
     for head_size, block_q, block_k, tokens in MASSES[:last]:
-        cut = mass_triton.launch_for(head_size)
+        cut = mass_triton.launch_for(head_size, architecture)
         fixed = mass_triton.constants(head_size, block_q, block_k, tokens, cut)
         types = {"p_q": "*bf16", "p_k": "*bf16", "qk_scale": "fp32"}
         yield mass_triton.block_mass_kernel, fixed, types, cut.num_warps, cut.num_stages
@@ -85,7 +85,8 @@ def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], dict[str, str],
 def main(target_name: str) -> None:
     backend, architecture = target_name.split(":")
     target = GPUTarget("cuda", int(architecture), 32) if backend == "cuda" else GPUTarget("hip", architecture, 64)
-    for kernel, fixed, types, num_warps, num_stages in variants(every=target_name == "cuda:90"):
+    named = f"sm_{architecture}" if backend == "cuda" else architecture
+    for kernel, fixed, types, num_warps, num_stages in variants(named, every=target_name == "cuda:90"):
         signature, attributes = {}, {}
         for position, name in enumerate(kernel.arg_names):
             if name in fixed:
