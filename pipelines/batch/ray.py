@@ -7,37 +7,54 @@ one writer, as on one machine. Ray Data starts no further rows while finished on
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sparse_dit.pipelines.batch.identity import model_identity
 from sparse_dit.pipelines.batch.manifest import Item
-from sparse_dit.pipelines.batch.worker import Job, Outcome, Worker, leave_process
+from sparse_dit.pipelines.batch.worker import Job, Outcome, Worker, first_line, leave_process
 
 
 def run_ray(
     items: Sequence[Item], job: Job, device: str, workers: int, address: str | None = None
 ) -> Iterator[Outcome]:
-    """Runs rows on a Ray cluster.
+    """Runs rows on a Ray cluster. An actor that dies is replaced, and its row is tried again, `job.retries` times.
 
     Args:
         items: the rows.
         job: what they share; its `threads` are the CPUs that an actor takes.
         device: `cuda`, of which an actor takes one, `cpu`, or `auto`: `cuda` where the cluster has some.
-        workers: actors at most; 0 is as many as the cluster has room for now. Fewer run where there is less room.
+        workers: actors; 0 is as many as the cluster has room for now. Those without room wait until there is some.
         address: of the cluster; None is the one in RAY_ADDRESS, else one that is started on this machine for this run.
 
     Yields:
-        The outcome of each row, as they end. A row whose actors died `job.retries` + 1 times comes last.
+        The outcome of each row, as they end.
 
     Raises:
         ValueError: Ray is not installed, there is no cluster at the address, or with 0 workers no room on it.
+        OSError: the cluster is lost.
     """
     ray = _connect(address)
     try:
         yield from _stream(ray, items, job, device, workers)
+    except ray.exceptions.RayError as error:
+        raise OSError(f"the Ray cluster failed: {first_line(error)}") from error
     finally:
         ray.shutdown()
+
+
+class Tries:
+    """Counts how often a row was begun, in an actor of its own that outlives those who begin it."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def begin(self, row: str) -> int:
+        """The number of this try of a row, from 1."""
+        self.counts[row] += 1
+        return self.counts[row]
 
 
 class Actor:
@@ -45,11 +62,17 @@ class Actor:
 
     The model is loaded on the first call, so that a model that cannot be loaded is an outcome and not an actor that Ray
     starts again and again.
+
+    Args:
+        job: what all rows share.
+        device: where the model runs.
+        begin: tells the number of this try of a row by its id. Ray itself tries a row whose actor died without end.
     """
 
-    def __init__(self, job: Job, device: str) -> None:
+    def __init__(self, job: Job, device: str, begin: Callable[[str], int]) -> None:
         self.job = job
         self.device = device
+        self.begin = begin
         self.worker: Worker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
@@ -57,19 +80,27 @@ class Actor:
 
     def run(self, item: Item) -> Outcome:
         """The outcome of a row."""
-        if self.worker is None:
-            try:
-                found = model_identity(self.job.model)
-                if found != self.job.identity:
-                    raise ValueError(
-                        f"model: a node has {found}, not {self.job.identity}; valid: the same on every node"
-                    )
-                self.worker = Worker(self.job, self.device)
-            except ValueError as error:
-                return Outcome(item, "model", 1, str(error))
-        outcome = self.worker.run(item)
+        try:
+            worker = self.worker = self.worker or self.load()
+        except ValueError as error:
+            return Outcome(item, "model", 1, str(error))
+        tries = self.begin(item.id)
+        if tries > self.job.retries + 1:
+            return Outcome(item, "failed", tries - 1, "its worker died each time; Ray's logs tell why")
+        outcome = worker.run(item)
         leave_process(outcome)
-        return outcome
+        return replace(outcome, attempts=outcome.attempts + tries - 1)
+
+    def load(self) -> Worker:
+        """The worker, with the model that the driver knows.
+
+        Raises:
+            ValueError: the node has another model, or none.
+        """
+        found = model_identity(self.job.model)
+        if found != self.job.identity:
+            raise ValueError(f"model: a node has {found}, not {self.job.identity}; valid: the same on every node")
+        return Worker(self.job, self.device)
 
 
 def _connect(address: str | None) -> Any:
@@ -87,8 +118,9 @@ def _connect(address: str | None) -> Any:
     try:
         ray.init(log_to_driver=False, logging_level=logging.WARNING, **settings)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"address: {there!r} ({why}); valid: the address of a Ray cluster, such as 'auto'") from error
+        raise ValueError(
+            f"address: {there!r} ({first_line(error)}); valid: the address of a Ray cluster, such as 'auto'"
+        ) from error
     return ray
 
 
@@ -106,27 +138,31 @@ def _stream(ray: Any, items: Sequence[Item], job: Job, device: str, workers: int
         raise ValueError(
             f"engine: the cluster has no room for a worker of {cpus} CPUs and {gpus} GPUs; valid: a larger one"
         )
-    most = min(workers or room, len(items))
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = DataContext.get_current()
-    # A row that kills its actors must not take the others with it; it is missed at the end.
-    context.max_errored_blocks = -1
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    tries = ray.remote(num_cpus=0, max_restarts=-1)(Tries).remote()
     # One row a block: that is what Ray Data gives an actor, passes on when done and runs again when the actor dies.
     rows = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items))
     outcomes = rows.map_batches(
         Actor,
-        fn_constructor_args=(job, device),
+        fn_constructor_args=(job, device, _Begin(tries)),
         batch_size=1,
-        compute=ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=1),
+        compute=ActorPoolStrategy(size=min(workers or room, len(items)), max_tasks_in_flight_per_actor=1),
         num_cpus=cpus,
         num_gpus=gpus,
-        ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": job.retries},
     )
-    missing = {item.id: item for item in items}
     for row in outcomes.iter_rows():
-        outcome: Outcome = pickle.loads(row["outcome"])
-        del missing[outcome.item.id]
-        yield outcome
-    for item in missing.values():
-        yield Outcome(item, "failed", job.retries + 1, "its worker died each time; Ray's logs tell why")
+        yield pickle.loads(row["outcome"])
+
+
+class _Begin:
+    """`Tries.begin` of an actor, called like a function."""
+
+    def __init__(self, tries: Any) -> None:
+        self.tries = tries
+
+    def __call__(self, row: str) -> int:
+        import ray
+
+        return int(ray.get(self.tries.begin.remote(row)))

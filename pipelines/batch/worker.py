@@ -171,6 +171,11 @@ def kind_of(error: Exception) -> Kind:
     return "refused" if isinstance(error, ValueError | TypeError | NotImplementedError) else "failed"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, else its name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def free_memory() -> None:
     """Gives back what a failed row held: reference cycles, and the device's cached blocks."""
     import torch
