@@ -1,7 +1,7 @@
 """Rows on a Ray cluster: Ray Data hands them to a pool of actors, each of which keeps its model loaded.
 
 Actors return the content of video files, which the driver puts on its disk: nodes need no common folder, and there is
-one writer, as on one machine. Ray Data starts no further rows while finished ones wait to be taken.
+one writer, as on one machine. Ray Data holds rows back when finished ones that wait to be taken fill its object store.
 """
 
 import logging
@@ -141,6 +141,8 @@ def _stream(ray: Any, items: Sequence[Item], job: Job, device: str, workers: int
     context = DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # Equal threads make equal sums, and so equal videos.
+    job = replace(job, threads=cpus)
     tries = ray.remote(num_cpus=0, max_restarts=-1)(Tries).remote()
     # One row a block: that is what Ray Data gives an actor, passes on when done and runs again when the actor dies.
     rows = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items))

@@ -29,7 +29,7 @@ STOPS = frozenset({"disk", "device", "model"})
 """Ends that every further row would share: the run stops."""
 
 LONGEST_PAUSE = 60.0
-_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO})
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -210,7 +210,8 @@ def check_whole(video: bytes, suffix: str) -> None:
             position += size
         whole = position == len(video) and {b"moov", b"mdat"} <= boxes
     if not whole:
-        raise OSError(f"the encoder left a torn {suffix} file of {len(video)} bytes; is {tempfile.gettempdir()} full?")
+        told = f"the encoder left a torn {suffix} file of {len(video)} bytes; is {tempfile.gettempdir()} full?"
+        raise OSError(errno.EIO, told)
 
 
 def leave_process(outcome: Outcome) -> None:

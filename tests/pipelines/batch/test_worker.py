@@ -122,6 +122,13 @@ def test_a_failed_row_holds_no_memory(worker: Worker, monkeypatch: pytest.Monkey
     assert Held.alive <= 0
 
 
+def torn() -> OSError:
+    """What ffmpeg leaves on a full disk, without an error of its own."""
+    with pytest.raises(OSError, match="is .* full") as caught:
+        check_whole(bytes(24), ".mp4")
+    return caught.value
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -132,6 +139,7 @@ def test_a_failed_row_holds_no_memory(worker: Worker, monkeypatch: pytest.Monkey
         (RuntimeError("CUDA error: an illegal memory access was encountered"), "device"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk"),
         (OSError(errno.EROFS, "Read-only file system"), "disk"),
+        (torn(), "disk"),
         (OSError(errno.ECONNRESET, "Connection reset"), "failed"),
         (RuntimeError("something else"), "failed"),
     ],
