@@ -1,6 +1,6 @@
 """Triton: order, smooth, rotate and quantize q, k and v, each read once.
 
-Names as in `attention`. Two launches: the sampled means, a few hundred rows a head, then one program for each GROUP
+Names as in `attention`. Two launches: the sampled means, a few hundred rows a head, then one pass in tiles of GROUP
 tokens of q, k or v. Rows are read where the order says they lie. The arithmetic is that of `quantize`, operation by
 operation (no fused multiply-add, divisions rounded to nearest): given equal means, codes without rotation are equal to
 the bit; with it sums over channels run in another order, and a code may differ by 1.
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_dit.kernels.attention import PIECE_BYTES, is_aligned, pieces
 from sparse_dit.kernels.quantize import (
     CODE_ALIGN,
     FP8_MAX,
@@ -31,26 +32,35 @@ from sparse_dit.kernels.quantize import (
     padded,
     rotation,
 )
+from sparse_dit.kernels.tiles import architecture
+
+STEPS = 4  # tiles a program
 
 
 @triton.jit
-def _rotated(b_x, p_signs, p_norms, ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, NORM: tl.constexpr):
+def _signs(p_signs, PART: tl.constexpr):
+    o_part = tl.arange(0, PART)
+    return tl.load(p_signs + o_part[:, None] * PART + o_part[None, :])  # [PART, PART]
+
+
+@triton.jit
+def _rotated(b_x, b_signs, p_norms, ROWS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, NORM: tl.constexpr):
     """[ROWS, PADDED] times the rotation, fp32: products with +-1 are exact, sums and factors fp32.
 
-    NORM is the one factor of all columns, or 0: they have factors of their own, which cost registers.
+    NORM is the one factor of all columns, and then left to the caller; or 0: they have factors of their own.
     """
-    o_part = tl.arange(0, PART)
-    b_signs = tl.load(p_signs + o_part[:, None] * PART + o_part[None, :])  # [PART, PART]
     b_parts = tl.reshape(b_x, [ROWS * (PADDED // PART), PART])
     b_parts = tl.dot(b_parts, b_signs, input_precision="ieee")
-    b_parts = b_parts * NORM if NORM > 0 else b_parts * tl.load(p_norms + o_part)[None, :]
+    if NORM == 0:
+        b_parts = b_parts * tl.load(p_norms + tl.arange(0, PART))[None, :]
     return tl.reshape(b_parts, [ROWS, PADDED])
 
 
 @triton.jit
 def _int8(b_x, b_factor):
-    # Adding and taking away 1.5 x 2^23 rounds to the nearest integer, halves to even.
-    return ((b_x * b_factor + 12582912.0) - 12582912.0).to(tl.int8)
+    # Adding 1.5 x 2^23 rounds to the nearest integer, halves to even, and leaves it in the low bits: a conversion would
+    # cost eight additions.
+    return (b_x * b_factor + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -85,6 +95,7 @@ def sampled_means_kernel(
     taken,
     FP8: tl.constexpr,
     ROTATE: tl.constexpr,
+    PIECE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     PART: tl.constexpr,
@@ -92,38 +103,38 @@ def sampled_means_kernel(
     STEP: tl.constexpr,
 ):
     """Means over `taken` tokens at equal distances: of k, rotated, in programs (h, b, 0), of v in (h, b, 1)."""
+    k_token, v_token = tl.cast(k_token, tl.int64) * PIECE, tl.cast(v_token, tl.int64) * PIECE
     i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_dim = tl.arange(0, PADDED)
     m_dim = o_dim < HEAD_SIZE
     o_mean = (i_b * tl.num_programs(0) + i_h) * HEAD_SIZE + o_dim
     if tl.program_id(2) == 0:
-        p_k += i_b * k_batch + i_h * k_head
+        p_k += (i_b * k_batch + i_h * k_head) * PIECE
         b_mean = _sampled_mean(p_k, k_token, k_dim, o_dim, m_dim, seq, taken, STEP)
         if ROTATE:
-            o_part = tl.arange(0, PART)
-            b_signs = tl.load(p_signs + o_part[:, None] * PART + o_part[None, :]).to(tl.float32)
+            b_signs = _signs(p_signs, PART).to(tl.float32)
             b_parts = tl.sum(tl.reshape(b_mean, [PADDED // PART, PART])[:, :, None] * b_signs[None], 1)
-            b_parts = b_parts * NORM if NORM > 0 else b_parts * tl.load(p_norms + o_part)[None, :]
+            b_parts = b_parts * NORM if NORM > 0 else b_parts * tl.load(p_norms + tl.arange(0, PART))[None, :]
             b_mean = tl.reshape(b_parts, [PADDED])
         tl.store(p_k_mean + o_mean, b_mean, mask=m_dim)
     elif FP8:
-        p_v += i_b * v_batch + i_h * v_head
+        p_v += (i_b * v_batch + i_h * v_head) * PIECE
         b_mean = _sampled_mean(p_v, v_token, v_dim, o_dim, m_dim, seq, taken, STEP)
         tl.store(p_v_mean + o_mean, b_mean, mask=m_dim)
 
 
 @triton.jit
-def _tile(
-    p_x, p_order, i_b, i_h, x_batch, x_head, x_token, x_dim, order_head, o_place, o_dim, m_dim, seq,
-    ORDERED: tl.constexpr,
-):  # fmt: skip
-    """Tokens at the given places of the order, zero behind the last: [places, PADDED]."""
-    m_place = o_place < seq
-    o_token = o_place
-    if ORDERED:
-        o_token = tl.load(p_order + i_h * order_head + o_place, mask=m_place, other=0)
-    p_row = p_x + i_b * x_batch + i_h * x_head + o_token[:, None] * x_token
-    return tl.load(p_row + o_dim[None, :] * x_dim, mask=m_place[:, None] & m_dim[None, :], other=0.0)
+def _tokens(p_order, o_place, seq, ORDERED: tl.constexpr):
+    """Ids of the tokens at the given places of the order; behind the last place, of the last token again."""
+    o_place = tl.minimum(o_place, seq - 1)
+    return (tl.load(p_order + o_place) if ORDERED else o_place).to(tl.int32)  # half the registers
+
+
+@triton.jit
+def _tile(p_x, o_token, x_token, o_dim, x_dim, m_dim, MASKED: tl.constexpr):
+    """The given tokens, zero behind the head size: [tokens, PADDED]."""
+    p_tile = p_x + o_token[:, None].to(tl.int64) * x_token + o_dim[None, :] * x_dim
+    return tl.load(p_tile, mask=m_dim[None, :], other=0.0) if MASKED else tl.load(p_tile)
 
 
 @triton.jit
@@ -165,97 +176,126 @@ def quantize_kernel(
     FP8: tl.constexpr,
     ORDERED: tl.constexpr,
     ROTATE: tl.constexpr,
+    PIECE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     PART: tl.constexpr,
     NORM: tl.constexpr,
     CODES: tl.constexpr,
     TOKENS: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
     INT8_TOP: tl.constexpr,
     FP8_TOP: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    """Places [TOKENS i, TOKENS (i + 1)) of one head, in programs (i, batch and head, 0 for q, 1 for k, 2 for v)."""
-    i_tile, i_bh, role = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    """STEPS tiles of TOKENS places of one head, in programs (i, batch and head, 0 for q, 1 for k, the others for v).
+
+    Several tiles of q or k a program, so that signs are read once for all of them and tokens of one tile arrive while
+    the last is worked on; v has a program a tile. Strides of tokens are in PIECE elements, as in `pool_triton`. Where
+    all columns are multiplied by NORM, the scales are, instead.
+    """
+    q_token, k_token = tl.cast(q_token, tl.int64) * PIECE, tl.cast(k_token, tl.int64) * PIECE
+    v_token = tl.cast(v_token, tl.int64) * PIECE
+    i_bh, role = tl.program_id(1).to(tl.int64), tl.program_id(2)
     i_b, i_h = i_bh // heads, i_bh % heads
+    first = tl.program_id(0).to(tl.int64) * STEPS
     o_dim = tl.arange(0, PADDED)
     m_dim = o_dim < HEAD_SIZE
     o_local = tl.arange(0, TOKENS)
-    o_place = i_tile * TOKENS + o_local
+    MASKED: tl.constexpr = HEAD_SIZE < PADDED
+    FACTOR: tl.constexpr = NORM if ROTATE and NORM > 0 else 1.0
+    if ORDERED:
+        p_order += i_h * order_head
     if role == 0:
-        if i_tile * TOKENS < seq_q:
-            b_x = _tile(
-                p_q, p_order, i_b, i_h, q_batch, q_head, q_token, q_dim, order_head, o_place, o_dim, m_dim, seq_q,
-                ORDERED,
-            )  # fmt: skip
-            b_y = _rotated(b_x, p_signs, p_norms, TOKENS, PADDED, PART, NORM) if ROTATE else b_x.to(tl.float32)
+        p_q += (i_b * q_batch + i_h * q_head) * PIECE
+        if ROTATE:
+            b_signs = _signs(p_signs, PART)
+        o_token = _tokens(p_order, first * TOKENS + o_local, seq_q, ORDERED)
+        for i_tile in tl.range(first, tl.minimum(first + STEPS, tl.cdiv(seq_q, TOKENS)), num_stages=STAGES):
+            b_x = _tile(p_q, o_token, q_token, o_dim, q_dim, m_dim, MASKED)
+            o_place = i_tile * TOKENS + o_local
+            o_token = _tokens(p_order, o_place + TOKENS, seq_q, ORDERED)
+            b_y = _rotated(b_x, b_signs, p_norms, TOKENS, PADDED, PART, NORM) if ROTATE else b_x.to(tl.float32)
+            # The mean is read in each tile anew: kept, it would take a quarter of the registers.
             b_mean = tl.load(p_k_mean + i_bh * HEAD_SIZE + o_dim, mask=m_dim, other=0.0)
-            b_top = tl.maximum(tl.max(tl.abs(b_y), 1), LEAST)  # [TOKENS]
+            b_top = tl.maximum(tl.max(tl.abs(b_y), 1) * FACTOR, LEAST)  # [TOKENS]
             m_q = o_place < seq_q
             o_row = i_bh * seq_q + o_place
-            tl.store(p_lse_shift + o_row, tl.sum(b_y * b_mean[None, :], 1) * scale, mask=m_q)
+            tl.store(p_lse_shift + o_row, tl.sum(b_y * b_mean[None, :], 1) * (scale * FACTOR), mask=m_q)
             tl.store(p_q_scale + o_row, tl.div_rn(b_top, INT8_TOP) * scale_log2, mask=m_q)
-            b_codes = _int8(b_y, tl.div_rn(INT8_TOP, b_top)[:, None])
+            b_codes = _int8(b_y, (tl.div_rn(INT8_TOP, b_top) * FACTOR)[:, None])
             m_codes = m_q[:, None] & (o_dim < CODES)[None, :]
             tl.store(p_q_codes + o_row[:, None] * CODES + o_dim[None, :], b_codes, mask=m_codes)
     elif role == 1:
-        if i_tile * TOKENS < padded_k:
-            b_x = _tile(
-                p_k, p_order, i_b, i_h, k_batch, k_head, k_token, k_dim, order_head, o_place, o_dim, m_dim, seq_k,
-                ORDERED,
-            )  # fmt: skip
-            b_y = _rotated(b_x, p_signs, p_norms, TOKENS, PADDED, PART, NORM) if ROTATE else b_x.to(tl.float32)
-            b_mean = tl.load(p_k_mean + i_bh * HEAD_SIZE + o_dim, mask=m_dim, other=0.0)
-            b_y = tl.where((o_place < seq_k)[:, None], b_y - b_mean[None, :], 0.0)
-            top = tl.maximum(tl.max(tl.abs(b_y)), LEAST)
+        p_k += (i_b * k_batch + i_h * k_head) * PIECE
+        if ROTATE:
+            b_signs = _signs(p_signs, PART)
+        o_token = _tokens(p_order, first * TOKENS + o_local, seq_k, ORDERED)
+        for i_tile in tl.range(first, tl.minimum(first + STEPS, padded_k // TOKENS), num_stages=STAGES):
+            b_x = _tile(p_k, o_token, k_token, o_dim, k_dim, m_dim, MASKED)
+            o_place = i_tile * TOKENS + o_local
+            o_token = _tokens(p_order, o_place + TOKENS, seq_k, ORDERED)
+            b_y = _rotated(b_x, b_signs, p_norms, TOKENS, PADDED, PART, NORM) if ROTATE else b_x.to(tl.float32)
+            b_mean = tl.load(p_k_mean + i_bh * HEAD_SIZE + o_dim, mask=m_dim, other=0.0) * (1.0 / FACTOR)
+            b_y = b_y - b_mean[None, :]
+            top = tl.maximum(tl.max(tl.abs(b_y)) * FACTOR, LEAST)
             tl.store(p_k_scale + i_bh * (padded_k // TOKENS) + i_tile, tl.div_rn(top, INT8_TOP))
             o_codes = (i_bh * padded_k + o_place[:, None]) * CODES + o_dim[None, :]
-            tl.store(p_k_codes + o_codes, _int8(b_y, tl.div_rn(INT8_TOP, top)), mask=(o_dim < CODES)[None, :])
-    elif FP8:
-        if i_tile * TOKENS < padded_k:
-            # Row 4 t + 2 i + e of 16 takes token 8 i + 2 t + e, see Quantized.
-            o_16 = o_local % 16
-            o_place = o_place - o_16 + o_16 // 2 % 2 * 8 + o_16 // 4 * 2 + o_16 % 2
-            b_x = _tile(
-                p_v, p_order, i_b, i_h, v_batch, v_head, v_token, v_dim, order_head, o_place, o_dim, m_dim, seq_k,
-                ORDERED,
-            )  # fmt: skip
-            b_mean = tl.load(p_v_mean + i_bh * HEAD_SIZE + o_dim, mask=m_dim, other=0.0)
-            b_y = tl.where((o_place < seq_k)[:, None], b_x.to(tl.float32) - b_mean[None, :], 0.0)
-            top = tl.maximum(tl.max(tl.abs(b_y)), LEAST)
-            tl.store(p_v_scale + i_bh * (padded_k // TOKENS) + i_tile, tl.div_rn(top, FP8_TOP))
-            b_codes = (b_y * tl.div_rn(FP8_TOP, top)).to(p_v_codes.dtype.element_ty)
-            o_codes = (i_bh * HEAD_SIZE + o_dim[:, None]) * padded_k + i_tile * TOKENS + o_local[None, :]
-            tl.store(p_v_codes + o_codes, tl.trans(b_codes), mask=m_dim[:, None])
+            # Behind the end lies the last token again: it moves no maximum, and its codes are made zeros.
+            b_factor = tl.where(o_place < seq_k, tl.div_rn(INT8_TOP, top) * FACTOR, 0.0)
+            b_codes = _int8(b_y, b_factor[:, None])
+            tl.store(p_k_codes + o_codes, b_codes, mask=(o_dim < CODES)[None, :])
     else:
-        if i_tile * TOKENS < seq_k:
-            b_x = _tile(
-                p_v, p_order, i_b, i_h, v_batch, v_head, v_token, v_dim, order_head, o_place, o_dim, m_dim, seq_k,
-                ORDERED,
-            )  # fmt: skip
-            o_row = (i_bh * seq_k + o_place)[:, None]
-            m_x = (o_place < seq_k)[:, None] & m_dim[None, :]
-            tl.store(p_v_codes + o_row * HEAD_SIZE + o_dim[None, :], b_x, mask=m_x)
+        p_v += (i_b * v_batch + i_h * v_head) * PIECE
+        i_tile = first + role - 2
+        o_place = i_tile * TOKENS + o_local
+        if i_tile < padded_k // TOKENS:
+            if FP8:
+                # Row 4 t + 2 i + e of 16 takes token 8 i + 2 t + e, see Quantized.
+                o_16 = o_local % 16
+                o_place = o_place - o_16 + o_16 // 2 % 2 * 8 + o_16 // 4 * 2 + o_16 % 2
+            o_token = _tokens(p_order, o_place, seq_k, ORDERED)
+            b_x = _tile(p_v, o_token, v_token, o_dim, v_dim, m_dim, MASKED)
+            if FP8:
+                b_mean = tl.load(p_v_mean + i_bh * HEAD_SIZE + o_dim, mask=m_dim, other=0.0)
+                b_y = b_x.to(tl.float32) - b_mean[None, :]
+                top = tl.maximum(tl.max(tl.abs(b_y)), LEAST)
+                tl.store(p_v_scale + i_bh * (padded_k // TOKENS) + i_tile, tl.div_rn(top, FP8_TOP))
+                b_factor = tl.where(o_place < seq_k, tl.div_rn(FP8_TOP, top), 0.0)
+                b_codes = (b_y * b_factor[:, None]).to(p_v_codes.dtype.element_ty)
+                o_codes = (i_bh * HEAD_SIZE + o_dim[:, None]) * padded_k + i_tile * TOKENS + o_local[None, :]
+                tl.store(p_v_codes + o_codes, tl.trans(b_codes), mask=m_dim[:, None])
+            else:
+                o_row = (i_bh * seq_k + o_place)[:, None]
+                m_x = (o_place < seq_k)[:, None] & m_dim[None, :]
+                tl.store(p_v_codes + o_row * HEAD_SIZE + o_dim[None, :], b_x, mask=m_x)
 
 
-def launch_warps(head_size: int) -> int:
-    """Warps a program of `quantize_kernel`: a tile of GROUP tokens stays in registers."""
-    return 8 if head_size <= 128 else 16
+def launch_options(head_size: int, arch: str) -> dict[str, Any]:
+    """How `quantize_kernel` is launched: a tile of GROUP tokens stays in registers, on sm_90 two tiles side by side."""
+    num_warps = 8 if head_size in (64, 128) else 16  # the factors of columns take registers, too
+    return {"num_warps": num_warps, "maxnreg": 128} if arch == "sm_90" else {"num_warps": num_warps}
 
 
-def constants(precision: str, head_size: int, ordered: bool, rotate: bool) -> dict[str, Any]:
+def constants(precision: str, head_size: int, ordered: bool, rotate: bool, piece: int) -> dict[str, Any]:
     """The compile-time arguments of `quantize_kernel`."""
     width = triton.next_power_of_2(head_size)
     return {
         "FP8": precision == "int8_fp8",
         "ORDERED": ordered,
         "ROTATE": rotate,
+        "PIECE": piece,
         "HEAD_SIZE": head_size,
         "PADDED": width,
         "PART": min(width, ROTATED),
         "NORM": min(width, ROTATED) ** -0.5 if width == head_size else 0.0,
         "CODES": padded(head_size, CODE_ALIGN),
         "TOKENS": GROUP,
+        "STEPS": STEPS,
+        # Whole rows of whole pieces go from memory to the matrix units without a stop in registers. The ids of an order
+        # take the shared memory that two programs a multiprocessor would then lack.
+        "STAGES": 2 if rotate and not ordered and width == head_size <= ROTATED and piece > 1 else 1,
         "INT8_TOP": INT8_MAX,
         "FP8_TOP": FP8_MAX,
         "LEAST": SMALLEST,
@@ -264,7 +304,9 @@ def constants(precision: str, head_size: int, ordered: bool, rotate: bool) -> di
 
 def means_constants(fixed: dict[str, Any]) -> dict[str, Any]:
     """Those of `sampled_means_kernel`, from `constants`."""
-    return {name: fixed[name] for name in ("FP8", "ROTATE", "HEAD_SIZE", "PADDED", "PART", "NORM")} | {"STEP": 64}
+    names = ("FP8", "ROTATE", "PIECE", "HEAD_SIZE", "PADDED", "PART", "NORM")
+    # 16 K elements at once: few steps, each of which waits for memory.
+    return {name: fixed[name] for name in names} | {"STEP": max(SAMPLE * 64 // fixed["PADDED"], 64)}
 
 
 @lru_cache
@@ -284,7 +326,9 @@ def triton_quantize(
     batch, heads, seq_q, head_size = q.shape
     seq_k, padded_k = k.shape[2], padded(k.shape[2], GROUP)
     fp8 = precision == "int8_fp8"
-    fixed = constants(precision, head_size, order is not None, rotate)
+    whole = all(is_aligned(x) for x in (q, k, v))
+    strides = [[*(pieces(x) if whole else x.stride()[:-1]), x.stride(-1)] for x in (q, k, v)]
+    fixed = constants(precision, head_size, order is not None, rotate, PIECE_BYTES // q.element_size() if whole else 1)
 
     def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(batch, heads, *shape, dtype=dtype, device=q.device)
@@ -302,17 +346,18 @@ def triton_quantize(
     signs, norms = _rotation_factors(head_size, q.dtype, q.device) if rotate else (None, None)
     with torch.cuda.device_of(q):
         sampled_means_kernel[heads, batch, 1 + fp8](
-            k, v, signs, norms, k_mean, v_mean, *k.stride(), *v.stride(), seq_k, min(seq_k, SAMPLE),
+            k, v, signs, norms, k_mean, v_mean, *strides[1], *strides[2], seq_k, min(seq_k, SAMPLE),
             **means_constants(fixed), num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
-        grid = (max(triton.cdiv(seq_q, GROUP), padded_k // GROUP), batch * heads, 2 if v_codes is v else 3)
+        tiles = max(triton.cdiv(seq_q, GROUP), padded_k // GROUP)
+        grid = (triton.cdiv(tiles, STEPS), batch * heads, 2 if v_codes is v else 2 + STEPS)
         quantize_kernel[grid](
             q, k, v, order, k_mean, v_mean, signs, norms,
             q_codes, q_scale, lse_shift, k_codes, k_scale, v_codes, v_scale,
-            *q.stride(), *k.stride(), *v.stride(),
+            *strides[0], *strides[1], *strides[2],
             0 if order is None or len(order) == 1 else order.stride(0),
             heads, seq_q, seq_k, padded_k, scale, scale * LOG2_E,
-            **fixed, num_warps=launch_warps(head_size), enable_fp_fusion=False,
+            **fixed, **launch_options(head_size, architecture(q.device)), enable_fp_fusion=False,
         )  # fmt: skip
     return Quantized(
         q=q_codes, q_scale=q_scale, lse_shift=lse_shift, k=k_codes, k_scale=k_scale,

@@ -31,6 +31,7 @@ class Variant(NamedTuple):
     num_warps: int
     num_stages: int = 3
     fusion: bool = True
+    maxnreg: int | None = None
 
 
 # Head size, block size, tokens: aligned and ragged, one and two column parts, the widest row.
@@ -57,10 +58,10 @@ def quantized_variants(precision: str, architecture: str, every: bool) -> Iterat
         yield Variant(attention_int8.int8_forward_kernel, fixed, pointers, launch.num_warps, launch.num_stages)
     pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_signs"), "bf16")
     pointers |= {"p_order": "i64", "p_q_codes": "i8", "p_k_codes": "i8", "p_v_codes": codes}
-    for head_size in (72, 128) if every else (72,):
-        fixed = quantize_triton.constants(precision, head_size, ordered=True, rotate=True)
-        warps = quantize_triton.launch_warps(head_size)
-        yield Variant(quantize_triton.quantize_kernel, fixed, pointers, warps, fusion=False)
+    for head_size, ordered in ((72, True), (128, True), (128, False)) if every else ((128, False),):
+        fixed = quantize_triton.constants(precision, head_size, ordered, rotate=True, piece=8)
+        options = quantize_triton.launch_options(head_size, architecture)
+        yield Variant(quantize_triton.quantize_kernel, fixed, pointers, fusion=False, **options)
     fixed = quantize_triton.means_constants(fixed)
     yield Variant(quantize_triton.sampled_means_kernel, fixed, pointers, num_warps=8, fusion=False)
 
@@ -94,6 +95,8 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, constexprs=fixed, attrs=attributes)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": variant.fusion}
+    if variant.maxnreg is not None:
+        options["maxnreg"] = variant.maxnreg
     return triton_compile(source, target=target, options=options)
 
 
