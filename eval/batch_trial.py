@@ -92,6 +92,7 @@ def check_folder(out: Path) -> results.Row:
         "torn": torn,
         "videos": len(list(out.glob("*.mp4"))),
         "density": statistics.fmean(row["density"] for row in rows),
+        "rows_tried_again": sum(row["attempts"] > 1 for row in rows),
         "row_seconds": statistics.median(row["seconds"] for row in rows),
     }
 

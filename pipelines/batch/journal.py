@@ -40,6 +40,9 @@ class Journal:
     Args:
         out: the folder.
         ids: rows of this run. Of those, result rows without video are dropped, as they will come again.
+
+    Attributes:
+        there: ids of the result rows that were kept.
     """
 
     def __init__(self, out: Path, ids: Collection[str]) -> None:
@@ -50,6 +53,7 @@ class Journal:
         for line, row in _rows(out / RESULTS):
             if row["id"] not in kept and (row["id"] not in ids or _is_there(out, row)):
                 kept[row["id"]] = line
+        self.there = set(kept)
         lines = b"".join(line + b"\n" for line in kept.values())
         if (out / RESULTS).exists() and (out / RESULTS).read_bytes() != lines:
             _write(out, RESULTS, lines)

@@ -154,7 +154,8 @@ def _stream(ray: Any, items: Sequence[Item], job: Job, device: str, workers: int
         num_cpus=cpus,
         num_gpus=gpus,
     )
-    for row in outcomes.iter_rows():
+    # Nothing fetched ahead: what is done is on the driver's disk as soon as it can be.
+    for row in outcomes.iter_rows(prefetch_batches=0):
         yield pickle.loads(row["outcome"])
 
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import cycle, islice
@@ -45,6 +45,11 @@ class Plan:
     def rows(self) -> int:
         """Rows of the manifest."""
         return len(self.pending) + len(self.done) + len(self.repeats) + len(self.refused)
+
+    def after(self, ids: Collection[str]) -> "Plan":
+        """The plan when rows of these ids are done."""
+        done = [item for item in self.pending if item.id in ids]
+        return replace(self, pending=[item for item in self.pending if item.id not in ids], done=[*self.done, *done])
 
 
 @dataclass
@@ -141,8 +146,9 @@ def run_batch(plan: Plan, out: Path, job: Job, engine: Engine, provenance: Mappi
         OSError: the folder or the disk does not take what is to be written, or a device is lost; the message tells how
             much is done.
     """
-    report = Report(plan)
     with open_journal(out, {item.id for item in plan.pending}) as journal:
+        plan = plan.after(journal.there)  # another run may have ended since it was made
+        report = Report(plan)
         before = len(plan.done)
         bar = tqdm(total=before + len(plan.pending), initial=before, unit="row", desc=out.name)
         with bar:

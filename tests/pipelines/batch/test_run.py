@@ -77,6 +77,14 @@ def test_rows_that_are_done_are_not_run_again(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "failures.jsonl").exists()
 
 
+def test_a_plan_that_another_run_has_overtaken(tmp_path: Path) -> None:
+    early, late = plan(tmp_path, "a", "b"), plan(tmp_path, "a")
+    run(tmp_path, late)
+    report = run(tmp_path, early)
+    assert (report.made, len(report.plan.done)) == (1, 1)
+    assert [row["prompt"] for row in results(tmp_path)] == ["a", "b"]
+
+
 def test_a_changed_setting_runs_rows_again(tmp_path: Path) -> None:
     run(tmp_path, plan(tmp_path, "a"))
     for changed in (replace(JOB, identity="sha256:1"), replace(JOB, fps=8), replace(JOB, suffix=".mp4")):

@@ -124,7 +124,7 @@ def test_a_failed_row_holds_no_memory(worker: Worker, monkeypatch: pytest.Monkey
 
 def torn() -> OSError:
     """What ffmpeg leaves on a full disk, without an error of its own."""
-    with pytest.raises(OSError, match="is .* full") as caught:
+    with pytest.raises(OSError, match=r"is .* full") as caught:
         check_whole(bytes(24), ".mp4")
     return caught.value
 
