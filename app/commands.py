@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_dit.app import tables
 from sparse_dit.app.bench import bench, tune_tiles
+from sparse_dit.app.calibrate import TILE, sampling_of, search_of
 from sparse_dit.app.output import output_folder
 from sparse_dit.pipelines.generate import Request, check_video_file, load_pipeline, write_video
 from sparse_dit.pipelines.generate import generate as run_pipeline
@@ -225,6 +226,50 @@ def probe(request: Request, setup: Setup, rows: int = 16, out: str = "outputs/pr
     print(f"wrote {file}")
 
 
+def calibrate(
+    request: Request,
+    setup: Setup,
+    method: Literal["paro", "sparse-vdit", "sta"] = "sparse-vdit",
+    density: float | None = 0.25,
+    prompts: str = "drawn:2",
+    bins: int = 0,
+    samples: int = 1,
+    block: int = 64,
+    tile: list[int] = TILE,
+    costs: str = "",
+    out: str = "outputs/profile.safetensors",
+) -> None:
+    """Find out what each head of a model needs, for recipes with the selection profile.
+
+    Args:
+        request: seed of the first prompt (the next ones count up), steps and size.
+        setup: which model.
+        method: what is looked for: paro, an order for each head and its blocks; sparse-vdit, a pattern for each head;
+            sta, a window for each head.
+        density: mean density of the profile; null, with sparse-vdit, for the rule of its paper.
+        prompts: drawn:N, captions of the kind tiny-wan was trained on, held-out:N, or a text file, one prompt a line.
+        bins: bins of steps with findings of their own; 0 is as the method was published.
+        samples: steps of each bin that are looked at.
+        block: tokens of a block.
+        tile: tokens of a tile along T, H, W, for sta.
+        costs: rows of bench kernels, for sparse-vdit; without a file a pattern costs its area.
+        out: the profile; what was seen so far lies beside it, and an interrupted calibration goes on from there.
+    """
+    from sparse_dit.eval.calibrate import calibrate as run_calibration
+    from sparse_dit.eval.calibrate import calibration_prompts
+    from sparse_dit.eval.pair import plan_arguments
+    from sparse_dit.pipelines.patch import explain
+
+    file, chosen, sampling = Path(out), calibration_prompts(prompts), sampling_of(bins, samples, block)
+    search_of(method, density, tile, costs)  # bad values are told before the model is loaded
+    with output_folder(file.parent):
+        pipe = setup.load()
+    tokens = explain(pipe, "dense", **plan_arguments(pipe, request)).tokens
+    search = search_of(method, density, tile, costs, tokens)
+    profile = run_calibration(pipe, search, chosen, request, file, model=setup.model, sampling=sampling)
+    print(f"wrote {file}: density {profile.about['density']:.3f}")
+
+
 def report(
     rows: list[str] = ROWS,
     clips: list[str] = NONE,
@@ -323,6 +368,7 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], frozenset[str]]] = {
     "eval": (evaluate, frozenset({"prompt"})),
     "probe": (probe, frozenset()),
     "compare-files": (compare_files, frozenset()),
+    "calibrate": (calibrate, frozenset({"prompt", "recipe"})),
     "report": (report, frozenset()),
     "bench": (bench, frozenset()),
     "tune-tiles": (tune_tiles, frozenset()),

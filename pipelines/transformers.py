@@ -6,6 +6,7 @@ import torch
 
 from sparse_dit.pipelines.families import FAMILIES, Family
 from sparse_dit.recipe import Recipe
+from sparse_dit.selection import Profiled
 
 # Wan 2.2 has two, for high and for low noise.
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -41,7 +42,7 @@ def layers_of(transformer: torch.nn.Module, family: Family, recipe: Recipe) -> d
     """The self-attention layers by module path, in execution order.
 
     Raises:
-        ValueError: there is none, or a dense layer of the recipe is not among them.
+        ValueError: there is none, a dense layer of the recipe is not among them, or its profile is of another model.
     """
     attentions = family.attentions(transformer)
     beyond = [layer for layer in recipe.schedule.dense_layers if layer >= len(attentions)]
@@ -49,4 +50,6 @@ def layers_of(transformer: torch.nn.Module, family: Family, recipe: Recipe) -> d
         raise ValueError(
             f"schedule.dense_layers: {beyond}; valid: 0 to {len(attentions) - 1} for this {type(transformer).__name__}"
         )
+    if isinstance(recipe.selection, Profiled):
+        recipe.selection.profile.check_model(type(transformer).__name__, len(attentions))
     return attentions

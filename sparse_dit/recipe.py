@@ -17,7 +17,7 @@ from sparse_dit.kernels.blocks import BLOCK_SIZES
 from sparse_dit.kernels.ops import PRECISIONS
 from sparse_dit.orders import ORDERS, Clusters, Order, Rows
 from sparse_dit.schedule import Schedule
-from sparse_dit.selection import SELECTIONS, AnySelection, Band, Every, Gate, HeadTypes, Pooled, Radial
+from sparse_dit.selection import SELECTIONS, AnySelection, Band, Every, Gate, HeadTypes, Pooled, Profiled, Radial
 from sparse_dit.skipped import SKIPPED, Drop, Reuse, Skipped
 
 # Selections that mean something in some orders only: those, and why.
@@ -26,6 +26,7 @@ _ORDERS_OF: dict[type[Any], tuple[tuple[str, ...], str]] = {
     Band: (("rows", "time_major"), "it is the band of a spatial or of a temporal head"),
     HeadTypes: (("rows",), "it finds the order of each head itself"),
     Gate: (("rows",), "it partitions the grid itself, by layer"),
+    Profiled: (("rows",), "a profile holds the order of each head"),
 }
 
 
@@ -86,6 +87,13 @@ class Recipe:
                 f"order: 'clusters' with selection {_name_of(self.selection, SELECTIONS)!r}; blocks of clusters "
                 "have no place in the grid; valid: selection pooled, without adjacent"
             )
+        if isinstance(self.selection, Profiled):
+            made_for = self.selection.profile.block_q, self.selection.profile.block_k
+            if (self.block_q, self.block_k) != made_for:
+                raise ValueError(
+                    f"block_q, block_k: {self.block_q} x {self.block_k} with a profile of blocks of {made_for[0]} x "
+                    f"{made_for[1]}; valid: those of the profile"
+                )
         part = self.selection.sub_block if isinstance(self.selection, Pooled) else None
         if part is not None and (self.block_q % part or self.block_k % part):
             raise ValueError(

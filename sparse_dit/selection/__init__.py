@@ -16,6 +16,7 @@ from sparse_dit.selection.gate import Gate
 from sparse_dit.selection.head_types import HeadTypes
 from sparse_dit.selection.mass import Mass
 from sparse_dit.selection.pooled import Pooled
+from sparse_dit.selection.profile import Profiled
 from sparse_dit.selection.radial import Radial
 from sparse_dit.selection.window import Window
 
@@ -54,6 +55,7 @@ SELECTIONS: dict[str, type[Selection] | type[Dynamic]] = {
     "pooled": Pooled,
     "mass": Mass,
     "gate": Gate,
+    "profile": Profiled,
 }
 
 __all__ = [
@@ -68,6 +70,7 @@ __all__ = [
     "HeadTypes",
     "Mass",
     "Pooled",
+    "Profiled",
     "Radial",
     "Selection",
     "Window",
