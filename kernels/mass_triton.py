@@ -19,23 +19,93 @@ from sparse_dit.kernels.tiles import Launch, architecture, pinned
 
 
 @triton.jit
+def _scores(
+    b_q,
+    b_q_rest,
+    p_k,
+    start,
+    k_token,
+    m_token,
+    MASKED: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """q.k of the KEYS tokens from `start`: [TILE_Q, KEYS]."""
+    o_token = tl.arange(0, KEYS).to(tl.int64)  # [KEYS]
+    p_k_tile = p_k + start * k_token
+    p_k_main = p_k_tile + (o_token[:, None] * k_token + tl.arange(0, MAIN)[None, :])  # [KEYS, MAIN]
+    b_k = tl.load(p_k_main, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_k_main)
+    b_s = tl.dot(b_q, tl.trans(b_k))  # [TILE_Q, KEYS]
+    if REST > 0:
+        o_rest = HEAD_SIZE - REST + tl.arange(0, REST)
+        p_k_rest = p_k_tile + (o_token[:, None] * k_token + o_rest[None, :])  # [KEYS, REST]
+        b_k_rest = tl.load(p_k_rest, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_k_rest)
+        b_s = tl.dot(b_q_rest, tl.trans(b_k_rest), b_s)
+    return b_s
+
+
+@triton.jit
+def _row_sums(
+    b_s,
+    b_lse,
+    m_token,
+    qk_scale,
+    MASKED: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    KEYS: tl.constexpr,
+    PART_K: tl.constexpr,
+):
+    """Weights 2^(s - lse) [TILE_Q, KEYS] summed over parts of PART_K keys: [TILE_Q, KEYS / PART_K]."""
+    b_p = tl.exp2(b_s * qk_scale - b_lse[:, None])
+    if MASKED:
+        b_p = tl.where(m_token[None, :], b_p, 0.0)
+    # Along the keys first: those sums stay within a warp.
+    return tl.sum(tl.reshape(b_p, [TILE_Q, KEYS // PART_K, PART_K]), 2)
+
+
+@triton.jit
+def _store_parts(
+    b_left,
+    b_right,
+    b_weight,
+    i_tile,
+    p_mass,
+    mass_q,
+    n_parts_q,
+    n_parts_k,
+    PART_Q: tl.constexpr,
+    PART_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """Stores the parts of a tile from the row sums of its halves."""
+    PARTS_Q: tl.constexpr = TILE_Q // PART_Q
+    PARTS_K: tl.constexpr = TILE_K // PART_K
+    # [TILE_Q, 1] or [TILE_Q, 2, PARTS_K / 2]
+    b_row = b_left + b_right if PARTS_K == 1 else tl.permute(tl.join(b_left, b_right), (0, 2, 1))
+    b_part = tl.sum(tl.reshape(b_row, [PARTS_Q, PART_Q, PARTS_K]), 1) * b_weight[:, None]  # [PARTS_Q, PARTS_K]
+    o_row = tl.arange(0, PARTS_Q)
+    o_column = i_tile * PARTS_K + tl.arange(0, PARTS_K)
+    m_part = (o_row < n_parts_q)[:, None] & (o_column < n_parts_k)[None, :]
+    tl.store(p_mass + o_row[:, None] * mass_q + o_column[None, :], b_part, mask=m_part)
+
+
+@triton.jit
 def _add_tiles(
     b_q,
     b_q_rest,
     b_lse,
     b_weight,
-    first,
-    last,
+    tiles,
     p_k,
     p_mass,
     k_token,
     mass_q,
     n_parts_q,
     n_parts_k,
-    seq_k,
     qk_scale,
-    MASKED: tl.constexpr,
-    STAGES: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     MAIN: tl.constexpr,
     REST: tl.constexpr,
@@ -44,38 +114,68 @@ def _add_tiles(
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """Stores the mass of key tiles [first, last): 2^(s - lse) summed over parts of PART_Q x PART_K, times b_weight."""
-    PARTS_Q: tl.constexpr = TILE_Q // PART_Q
-    PARTS_K: tl.constexpr = TILE_K // PART_K
-    o_tile = tl.arange(0, TILE_K).to(tl.int64)  # [TILE_K]
-    o_main = tl.arange(0, MAIN)
-    o_k = o_tile[:, None] * k_token + o_main[None, :]  # [TILE_K, MAIN]
-    if REST > 0:
-        o_rest = HEAD_SIZE - REST + tl.arange(0, REST)
-        o_k_rest = o_tile[:, None] * k_token + o_rest[None, :]  # [TILE_K, REST]
+    """Stores the mass of the first `tiles` key tiles, all whole: 2^(s - lse) summed over parts, times b_weight.
+
+    A tile goes in two halves, and the right one is summed, and the tile stored, in the next turn: its product is needed
+    no sooner, so that sm_90 computes it beside the exponentials of the left one. There is one turn more than tiles, in
+    which the last tile is computed again: a product that is used behind the loop would be waited for in the loop.
+    """
+    HALF: tl.constexpr = TILE_K // 2
+    HALF_PART: tl.constexpr = PART_K if PART_K < HALF else HALF
+    m_none = tl.arange(0, HALF) < HALF
     step = tl.full([], TILE_K, tl.int64)
-    o_part_q = tl.arange(0, PARTS_Q)
-    o_part_k = tl.arange(0, PARTS_K)
-    for i_tile in tl.range(first, last, num_stages=STAGES):
-        start = i_tile * step
-        p_k_tile = p_k + start * k_token
-        m_token = start + o_tile < seq_k  # [TILE_K]
-        p_k_main = p_k_tile + o_k  # [TILE_K, MAIN]
-        b_k = tl.load(p_k_main, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_k_main)
-        b_s = tl.dot(b_q, tl.trans(b_k))  # [TILE_Q, TILE_K]
-        if REST > 0:
-            p_k_rest = p_k_tile + o_k_rest  # [TILE_K, REST]
-            b_k_rest = tl.load(p_k_rest, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_k_rest)
-            b_s = tl.dot(b_q_rest, tl.trans(b_k_rest), b_s)
-        b_p = tl.exp2(b_s * qk_scale - b_lse[:, None])
-        if MASKED:
-            b_p = tl.where(m_token[None, :], b_p, 0.0)
-        # Along the keys first: those sums stay within a warp.
-        b_row = tl.sum(tl.reshape(b_p, [TILE_Q, PARTS_K, PART_K]), 2)  # [TILE_Q, PARTS_K]
-        b_part = tl.sum(tl.reshape(b_row, [PARTS_Q, PART_Q, PARTS_K]), 1) * b_weight[:, None]  # [PARTS_Q, PARTS_K]
-        o_column = i_tile * PARTS_K + o_part_k
-        m_part = (o_part_q < n_parts_q)[:, None] & (o_column < n_parts_k)[None, :]
-        tl.store(p_mass + o_part_q[:, None] * mass_q + o_column[None, :], b_part, mask=m_part)
+    b_right = tl.zeros([TILE_Q, HALF], tl.float32)
+    b_left_sums = tl.zeros([TILE_Q, HALF // HALF_PART], tl.float32)
+    for i_turn in tl.range(0, tl.where(tiles > 0, tiles + 1, 0)):
+        start = tl.minimum(i_turn, tiles - 1) * step
+        b_left = _scores(b_q, b_q_rest, p_k, start, k_token, m_none, False, HEAD_SIZE, MAIN, REST, HALF)
+        b_right_sums = _row_sums(b_right, b_lse, m_none, qk_scale, False, TILE_Q, HALF, HALF_PART)
+        b_right = _scores(b_q, b_q_rest, p_k, start + HALF, k_token, m_none, False, HEAD_SIZE, MAIN, REST, HALF)
+        # Before the first tile there is nothing to store.
+        _store_parts(
+            b_left_sums, b_right_sums, b_weight, i_turn - 1, p_mass, mass_q, n_parts_q,
+            tl.where(i_turn > 0, n_parts_k, -TILE_K), PART_Q, PART_K, TILE_Q, TILE_K,
+        )  # fmt: skip
+        b_left_sums = _row_sums(b_left, b_lse, m_none, qk_scale, False, TILE_Q, HALF, HALF_PART)
+
+
+@triton.jit
+def _add_ragged_tile(
+    b_q,
+    b_q_rest,
+    b_lse,
+    b_weight,
+    i_tile,
+    p_k,
+    p_mass,
+    k_token,
+    mass_q,
+    n_parts_q,
+    n_parts_k,
+    seq_k,
+    qk_scale,
+    HEAD_SIZE: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    PART_Q: tl.constexpr,
+    PART_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """The same for the tile at the ragged end."""
+    HALF: tl.constexpr = TILE_K // 2
+    HALF_PART: tl.constexpr = PART_K if PART_K < HALF else HALF
+    start = i_tile.to(tl.int64) * TILE_K
+    m_left = start + tl.arange(0, HALF) < seq_k
+    m_right = start + HALF + tl.arange(0, HALF) < seq_k
+    b_left = _scores(b_q, b_q_rest, p_k, start, k_token, m_left, True, HEAD_SIZE, MAIN, REST, HALF)
+    b_left_sums = _row_sums(b_left, b_lse, m_left, qk_scale, True, TILE_Q, HALF, HALF_PART)
+    b_right = _scores(b_q, b_q_rest, p_k, start + HALF, k_token, m_right, True, HEAD_SIZE, MAIN, REST, HALF)
+    b_right_sums = _row_sums(b_right, b_lse, m_right, qk_scale, True, TILE_Q, HALF, HALF_PART)
+    _store_parts(
+        b_left_sums, b_right_sums, b_weight, i_tile, p_mass, mass_q, n_parts_q, n_parts_k,
+        PART_Q, PART_K, TILE_Q, TILE_K,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -146,15 +246,13 @@ def block_mass_kernel(
     p_mass += i_b * mass_batch + i_h * mass_head + part * mass_q
     whole = seq_k // TILE_K
     _add_tiles(
-        b_q, b_q_rest, b_lse, b_weight, 0, whole, p_k, p_mass, k_token, mass_q, n_parts_q, n_parts_k, seq_k,
-        qk_scale, MASKED=False, STAGES=None,
-        HEAD_SIZE=HEAD_SIZE, MAIN=MAIN, REST=REST, PART_Q=PART_Q, PART_K=PART_K, TILE_Q=TILE_Q, TILE_K=TILE_K,
+        b_q, b_q_rest, b_lse, b_weight, whole, p_k, p_mass, k_token, mass_q, n_parts_q, n_parts_k, qk_scale,
+        HEAD_SIZE, MAIN, REST, PART_Q, PART_K, TILE_Q, TILE_K,
     )  # fmt: skip
     if RAGGED_K:
-        _add_tiles(
-            b_q, b_q_rest, b_lse, b_weight, whole, whole + 1, p_k, p_mass, k_token, mass_q, n_parts_q, n_parts_k,
-            seq_k, qk_scale, MASKED=True, STAGES=1,
-            HEAD_SIZE=HEAD_SIZE, MAIN=MAIN, REST=REST, PART_Q=PART_Q, PART_K=PART_K, TILE_Q=TILE_Q, TILE_K=TILE_K,
+        _add_ragged_tile(
+            b_q, b_q_rest, b_lse, b_weight, whole, p_k, p_mass, k_token, mass_q, n_parts_q, n_parts_k, seq_k, qk_scale,
+            HEAD_SIZE, MAIN, REST, PART_Q, PART_K, TILE_Q, TILE_K,
         )  # fmt: skip
 
 
