@@ -7,6 +7,7 @@ same files without a run.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -288,4 +289,5 @@ def _name_of(search: Search) -> str:
 
 
 def _settings(search: Search) -> dict[str, Any]:
-    return asdict(cast(Any, search))
+    """Its settings in plain values, as they stand in the file."""
+    return cast(dict[str, Any], json.loads(json.dumps(asdict(cast(Any, search)))))
