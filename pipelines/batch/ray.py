@@ -155,8 +155,9 @@ def _stream(ray: Any, items: Sequence[Item], job: Job, device: str, workers: int
         num_gpus=gpus,
     )
     # Nothing fetched ahead: what is done is on the driver's disk as soon as it can be.
-    for row in outcomes.iter_rows(prefetch_batches=0):
-        yield pickle.loads(row["outcome"])
+    for batch in outcomes.iter_batches(batch_size=None, prefetch_batches=0):
+        for outcome in batch["outcome"]:
+            yield pickle.loads(outcome)
 
 
 class _Begin:
