@@ -10,6 +10,9 @@ from typing import Any
 from sparse_dit.pipelines.batch.manifest import Item
 from sparse_dit.pipelines.batch.worker import Job, Outcome, Worker, leave_process
 
+PATIENCE = 10.0
+"""Seconds that an idle process has to end by itself."""
+
 
 def run_here(items: Sequence[Item], job: Job, device: str) -> Iterator[Outcome]:
     """Runs rows in this process.
@@ -90,6 +93,8 @@ class _Member:
 
     def stop(self) -> None:
         self.connection.close()
+        # Without a row it sees that nobody talks to it any more, and ends in order.
+        self.process.join(0.0 if self.row else PATIENCE)
         self.process.terminate()
         self.process.join()
 

@@ -190,6 +190,8 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that start at once, with `Stub` for a worker."""
     monkeypatch.setattr(processes, "Worker", Stub)
     monkeypatch.setattr(multiprocessing, "get_context", lambda name: FORK)
+    # A forked process holds its sisters' connections open, so that they never see the end of them.
+    monkeypatch.setattr(processes, "PATIENCE", 0.0)
 
 
 @pytest.mark.usefixtures("forked")
