@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sparse_dit.app import tables
 from sparse_dit.app.bench import bench, tune_tiles
 from sparse_dit.app.calibrate import TILE, sampling_of, search_of
+from sparse_dit.app.demo.serve import demo
 from sparse_dit.app.output import output_folder
 from sparse_dit.pipelines.generate import Request, check_video_file, load_pipeline, write_video
 from sparse_dit.pipelines.generate import generate as run_pipeline
@@ -364,6 +365,7 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], frozenset[str]]] = {
     "compare": (compare, frozenset()),
     "batch": (batch, frozenset({"prompt"})),
     "methods": (methods, frozenset()),
+    "demo": (demo, frozenset()),
     "explain": (explain, frozenset({"prompt", "negative_prompt", "seed"})),
     "eval": (evaluate, frozenset({"prompt"})),
     "probe": (probe, frozenset()),

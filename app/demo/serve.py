@@ -1,0 +1,94 @@
+"""`sparse-dit demo`: starts the page, and cleans up behind it."""
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from sparse_dit.app.demo.actions import Studio
+
+MODELS = ["tiny-wan"]
+LOCAL = "127.0.0.1"
+
+
+def demo(
+    models: list[str] = MODELS,
+    host: str = LOCAL,
+    port: int = 7860,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    max_steps: int = 50,
+    max_pixels: int = 2**22,
+    places: int = 8,
+) -> None:
+    """Serve a web page that compares dense and sparse.
+
+    Args:
+        models: what visitors may choose from: tiny-wan, folders in diffusers' save format, Hub ids owner/name.
+        host: address to listen on; anything but this machine's own is open to others.
+        port: to listen on; 0 takes a free one.
+        device: where to run; auto is CUDA where there is one.
+        max_steps: denoising steps that a run may have.
+        max_pixels: width x height x frames that a run may have.
+        places: runs in line at once; others are asked to come back.
+    """
+    from sparse_dit.app.demo.limits import Limits, allowed_models
+
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port: {port}; valid: 0 to {2**16 - 1}")
+    if places < 1:
+        raise ValueError(f"places: {places}; valid: a whole number from 1")
+    limits = Limits(steps=max_steps, pixels=max_pixels)
+    allowed = allowed_models(models)
+    root = Path(tempfile.mkdtemp(prefix="sparse-dit-demo-"))
+    # Read by Gradio and the Hub's client when they are imported.
+    os.environ.update(
+        GRADIO_TEMP_DIR=str(root / "cache"), GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1"
+    )
+    try:
+        import gradio
+    except ImportError:
+        root.rmdir()
+        raise ValueError("demo: gradio is not installed; valid: pip install 'sparse-dit[demo]'") from None
+
+    import torch
+
+    from sparse_dit.app.demo import style
+    from sparse_dit.app.demo.actions import Studio
+    from sparse_dit.app.demo.answers import Answers
+    from sparse_dit.app.demo.page import build
+    from sparse_dit.app.demo.visits import Visits
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    studio, visits = Studio(allowed, limits, chosen), Visits(root)
+    gradio.set_static_paths([root])  # files of visits are served where they lie, instead of being copied
+    signal.signal(signal.SIGTERM, _leave)
+    page = build(Answers(studio, visits, places)).queue(max_size=4 * places, default_concurrency_limit=1)
+    try:
+        _, url, _ = page.launch(
+            server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True,
+            theme=style.theme(), css=style.CSS, footer_links=["settings"], ssr_mode=False, max_file_size="1kb",
+            pwa=False, mcp_server=False, run_history=False, enable_monitoring=False,
+        )  # fmt: skip
+        print(f"sparse-dit demo: {url} (stop with Ctrl-C)", flush=True)
+        threading.Thread(target=_load_first, args=(studio,), daemon=True).start()
+        threading.Event().wait()
+    finally:
+        visits.close_all()
+        page.close()
+
+
+def _load_first(studio: "Studio") -> None:
+    """Has the first model ready before the first visitor asks."""
+    try:
+        studio.load(next(iter(studio.models)))
+    except ValueError:
+        logging.getLogger(__name__).exception("the first model was not loaded")
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

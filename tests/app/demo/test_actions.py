@@ -1,0 +1,168 @@
+"""Runs of the demo: what they leave, how they tell of themselves, how they end."""
+
+import json
+import threading
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_dit.app.demo.actions import Asked, Finished, Studio, frame_of, latent_of
+from sparse_dit.app.demo.inside import Inside, look_inside
+from sparse_dit.app.demo.visits import Stopped, Visit
+from sparse_dit.calls import plan
+from sparse_dit.kernels.lists import lists_to_mask
+from sparse_dit.layout import TokenLayout
+from sparse_dit.pipelines.generate import generate, load_pipeline
+from sparse_dit.recipe import Recipe, load_recipe
+
+
+def test_a_run_leaves_videos_a_result_and_a_recipe_that_loads(run: Finished, asked: Asked) -> None:
+    names = ["dense.mp4", "sparse.mp4", "side-by-side.mp4", "result.json", "recipe.yaml"]
+    assert [file.name for file in run.downloads] == names
+    record = json.loads((run.folder / "result.json").read_text())
+    assert record["model"] == asked.model
+    assert record["calls"]["dense"] == {"dense_steps": 4}
+    assert load_recipe(run.folder / "recipe.yaml") == asked.recipe
+    assert run.clip("dense").shape == run.clip("sparse").shape == (9, 64, 64, 3)
+    assert not np.array_equal(run.clip("dense"), run.clip("sparse"))
+
+
+def test_the_dense_clip_is_that_of_an_untouched_pipeline(run: Finished, asked: Asked, mini_wan: Path) -> None:
+    frames = generate(load_pipeline(str(mini_wan)), asked.request)
+    assert np.abs(run.clip("dense") / 255.0 - frames).max() <= 0.5 / 255 + 1e-6
+
+
+def test_progress_counts_every_step_once(run: Finished, told: list[tuple[str, int, int]]) -> None:
+    steps = [(what, done) for what, done, total in told if total and "step" in what]
+    assert all(total in (0, 9) for _, _, total in told)
+    passes = ["dense", "tiny-radial", "looking inside"]
+    assert steps == [
+        (f"{name}: step {step} of 3", 3 * number + step) for number, name in enumerate(passes) for step in range(4)
+    ]
+
+
+@pytest.mark.parametrize("when", ["dense: step 1", "tiny-radial: step 2", "looking inside: step 1"])
+def test_a_stopped_run_ends_at_once_and_leaves_nothing(
+    studio: Studio, asked: Asked, run: Finished, tmp_path: Path, when: str
+) -> None:
+    visit = Visit(tmp_path / "visit")
+    told = []
+
+    def tell(what: str, done: int, total: int) -> None:
+        told.append(what)
+        if what.startswith(when):
+            visit.stop.set()
+
+    with pytest.raises(Stopped):
+        studio.run(visit, asked, tell)
+    assert told[-1].startswith(when)
+    assert not visit.runs
+    assert not list(visit.folder.iterdir())
+    # The worker is free, and what was cut short leaves no trace in the pipeline.
+    visit.stop = threading.Event()
+    again = studio.run(visit, replace(asked, inside=False), lambda *_: None)
+    assert np.array_equal(again.clip("sparse"), run.clip("sparse"))
+    assert again.inside is None
+
+
+def test_two_visitors_take_turns(studio: Studio, asked: Asked, tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def work(name: str) -> None:
+        studio.run(Visit(tmp_path / name), replace(asked, inside=False), lambda *_: order.append(name))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    changes = sum(before != after for before, after in pairwise(order))
+    # A run tells that it loads only where it must; from the first step on nobody else's run is under way.
+    assert changes == 1
+    assert set(order) == {"one", "two"}
+
+
+def test_a_run_beyond_the_limits_is_refused_with_the_models_own_defaults(
+    studio: Studio, asked: Asked, tmp_path: Path
+) -> None:
+    visit = Visit(tmp_path / "visit")
+    defaults = replace(asked.request, steps=None, height=None, width=None, num_frames=None)
+    with pytest.raises(ValueError, match="steps: 50; valid: 1 to 10"):
+        studio.run(visit, replace(asked, request=defaults), lambda *_: None)
+    wide = replace(asked.request, height=640, width=640)
+    with pytest.raises(ValueError, match="size: "):
+        studio.run(visit, replace(asked, request=wide), lambda *_: None)
+
+
+def test_errors_do_not_tell_where_models_lie(studio: Studio, asked: Asked, mini_wan: Path, tmp_path: Path) -> None:
+    broken = Studio({"shown": str(tmp_path / "gone")}, studio.limits)
+    with pytest.raises(ValueError, match="shown") as caught:
+        broken.run(Visit(tmp_path / "visit"), replace(asked, model="shown"), lambda *_: None)
+    assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        load_recipe("tiny-radial"),
+        Recipe.from_dict(
+            {
+                "order": {"name": "tiles", "tile": [1, 4, 4]},
+                "selection": {"name": "window", "size": [1, 5, 3]},
+                "block_q": 16,
+                "block_k": 32,
+            }
+        ),
+    ],
+    ids=lambda recipe: str(recipe.name),
+)
+def test_masks_are_those_of_the_plan(recipe: Recipe, asked: Asked, mini_wan: Path, tmp_path: Path) -> None:
+    recipe = recipe.override({"schedule.dense_steps": 1})
+    found = look_inside(load_pipeline(str(mini_wan)), replace(asked.request, steps=2), recipe, tmp_path)
+    assert (found.grid, found.steps, found.layers, found.heads, found.missing) == ((3, 8, 8), 2, 2, 2, "")
+    assert sorted(found.masks) == [(1, 0), (1, 1)]
+    assert found.computed(0, 0, 0, (0, 0, 0)) is None
+    assert found.density[0] == [None, None]
+
+    planned = plan(recipe, TokenLayout(found.grid), torch.device("cpu"), 2)
+    assert found.density[1] == pytest.approx([planned.density] * 2, abs=1e-6)
+    mask = lists_to_mask(planned.blocks, -(-192 // recipe.block_k))[0]
+    table = torch.arange(192)[None] if planned.table is None else planned.table
+    for head, query in ((0, (0, 0, 0)), (1, (1, 3, 6)), (0, (2, 7, 7))):
+        order = table[min(head, len(table) - 1)].tolist()
+        token = int(np.ravel_multi_index(query, found.grid))
+        block = order.index(token) // recipe.block_q
+        row = mask[min(head, len(mask) - 1), block]
+        expected = {order[place] for place in range(192) if row[place // recipe.block_k]}
+        seen = found.computed(1, 1, head, query)
+        assert seen is not None
+        keys, own = seen
+        assert set(np.flatnonzero(keys)) == expected
+        assert 0 < len(expected) < 192, "the whole grid or nothing would show nothing"
+        assert set(np.flatnonzero(own)) == set(order[block * recipe.block_q : (block + 1) * recipe.block_q])
+
+
+def test_a_run_without_sparse_calls_has_no_masks(asked: Asked, mini_wan: Path, tmp_path: Path) -> None:
+    found = look_inside(load_pipeline(str(mini_wan)), asked.request, load_recipe("dense"), tmp_path)
+    assert found.masks == {}
+    assert found.density == [[None, None]] * 3
+
+
+def test_heads_and_queries_outside_are_refused(run: Finished) -> None:
+    assert isinstance(run.inside, Inside)
+    with pytest.raises(ValueError, match="head: 2; valid: 0 to 1"):
+        run.inside.computed(1, 0, 2, (0, 0, 0))
+    with pytest.raises(ValueError, match="query: "):
+        run.inside.computed(1, 0, 0, (0, 8, 0))
+
+
+def test_latent_frames_hold_the_frames_that_causal_vaes_give_them() -> None:
+    # Wan: the first frame by itself, then four each.
+    assert [latent_of(frame, 9, 3) for frame in range(9)] == [0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert [frame_of(latent, 9, 3) for latent in range(3)] == [0, 4, 8]
+    assert all(latent_of(frame_of(latent, 33, 9), 33, 9) == latent for latent in range(9))
+    assert (latent_of(0, 1, 1), frame_of(0, 1, 1)) == (0, 0)

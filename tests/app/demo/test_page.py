@@ -1,0 +1,146 @@
+"""The page itself, where Gradio is installed: what it answers, what it serves, and what it does not."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+gradio = pytest.importorskip("gradio", minversion="6.0")
+httpx = pytest.importorskip("httpx")
+
+from sparse_dit.app.demo import style  # noqa: E402
+from sparse_dit.app.demo.actions import Asked, Finished, Studio  # noqa: E402
+from sparse_dit.app.demo.answers import Answers  # noqa: E402
+from sparse_dit.app.demo.limits import split_recipe  # noqa: E402
+from sparse_dit.app.demo.page import EXAMPLES, build  # noqa: E402
+from sparse_dit.app.demo.visits import Visit, Visits  # noqa: E402
+from sparse_dit.recipe import load_recipe, recipe_names  # noqa: E402
+
+
+@pytest.fixture
+def answers(studio: Studio, visits: Visits) -> Answers:
+    made = Answers(studio, visits, places=2)
+    build(made)
+    return made
+
+
+def sent(asked: Asked) -> list[Any]:
+    request = asked.request
+    size = [request.seed, request.steps, request.width, request.height, request.num_frames]
+    return [asked.model, request.prompt, asked.inside, *size, *split_recipe(asked.recipe)]
+
+
+def test_a_run_goes_from_the_button_to_the_gallery(answers: Answers, asked: Asked) -> None:
+    visit, parts = answers.visits.open("one"), answers.parts
+    assert "Starting" in answers.admit(visit, None, *sent(asked))[0]
+    *told, shown = answers.run(visit)
+    assert all(set(update) == {parts.status} for update in told)
+    assert "value=9 max=9" in told[-2][parts.status]
+    assert visit.asked is None
+    assert shown[parts.number] == 1
+    assert Path(shown[parts.dense]).parent.parent == visit.folder
+    assert len(shown[parts.files]) == 5
+    assert shown[parts.mask] is not None
+    # Dragging over a frame with no mask, as step 0 is dense, says why.
+    mask, _, words = answers.show_mask(visit, 1, 0, 0, 0, 0, 0, 0)
+    assert mask is None
+    assert "it was dense" in words
+    for frame in (-3, 99, 4):
+        pair, _ = answers.show_frame(visit, 1, frame)
+        assert all(Path(file).exists() for file in pair)
+
+
+def test_wrong_input_is_refused_before_the_line(answers: Answers, asked: Asked) -> None:
+    visit = answers.visits.open("one")
+    for position, value in ((0, "/etc"), (1, "<b>x"), (3, -1), (4, 10**9), (8, 7), (11, "file: ../x")):
+        fields = sent(asked)
+        fields[position] = value
+        told, _, admitted = answers.admit(visit, None, *fields)
+        assert "valid: " in told
+        assert set(re.findall(r"<\w+", told)) == {"<p", "<b"}, "its own tags only"
+        assert admitted == gradio.skip()
+    assert visit.asked is None
+
+
+def test_a_full_line_refuses_politely_and_a_stopped_run_makes_room(answers: Answers, asked: Asked) -> None:
+    one, two, three = (answers.visits.open(name) for name in ("one", "two", "three"))
+    answers.admit(one, None, *sent(asked))
+    assert "1 ahead" in answers.admit(two, None, *sent(asked))[0]
+    assert "please try again in a few minutes" in answers.admit(three, None, *sent(asked))[0]
+    assert "Stopped" in answers.stop(two)
+    answers.admit(three, None, *sent(asked))
+    with pytest.raises(gradio.Error, match="no run in line"):
+        next(answers.run(two))
+    assert "Nothing is running" in answers.stop(two)
+
+
+def test_runs_of_others_cannot_be_shown(answers: Answers, run: Finished) -> None:
+    one, two = answers.visits.open("one"), answers.visits.open("two")
+    one.keep(replace(run, number=1))
+    answers.show_frame(one, 1, 0)
+    with pytest.raises(gradio.Error, match="no longer kept"):
+        answers.show_frame(two, 1, 0)
+    answers.visits.close("one")
+    for visit in (one, None):
+        with pytest.raises(gradio.Error, match="no longer connected"):
+            answers.show_frame(visit, 1, 0)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_can_be_chosen(answers: Answers, name: str) -> None:
+    density, steps, precision, rest, _ = answers.choose_recipe(name)
+    assert (density.value, steps, precision, rest) == split_recipe(load_recipe(name))
+
+
+def test_examples_name_recipes(answers: Answers) -> None:
+    assert {recipe for _, recipe, _ in EXAMPLES} <= set(recipe_names())
+
+
+@pytest.fixture(scope="module")
+def served(studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Visits]]:
+    """A running server on this machine, and its visits."""
+    root = tmp_path_factory.mktemp("served")
+    visits = Visits(root / "visits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(root / "cache"))
+        gradio.set_static_paths([visits.root])
+        page = build(Answers(studio, visits, places=2)).queue()
+        _, url, _ = page.launch(
+            server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False,
+            theme=style.theme(), css=style.CSS, max_file_size="1kb",
+        )  # fmt: skip
+        yield url, visits
+        page.close()
+
+
+def test_the_page_names_no_other_host_in_scripts_styles_and_fonts(served: tuple[str, Visits]) -> None:
+    url, _ = served
+    page = httpx.get(url, timeout=60).text
+    assert "sparse_dit" in page
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=[\"']https?://", page)
+    theme = httpx.get(f"{url}theme.css", timeout=60).text
+    assert not re.findall(r"@import|url\([\"']?https?:", theme)
+    assert "@font-face" not in theme
+
+
+def test_files_of_visits_are_served_and_no_others(served: tuple[str, Visits], mini_wan: Path) -> None:
+    url, visits = served
+    visit: Visit = visits.open("one")
+    file = visit.folder / "result.json"
+    file.write_text("{}")
+
+    def status(path: str) -> int:
+        return int(httpx.get(f"{url}gradio_api/file={path}", timeout=60).status_code)
+
+    assert status(str(file)) == 200
+    outside = ["/etc/passwd", f"{visits.root}/../../secret", str(mini_wan / "model_index.json"), os.fspath(__file__)]
+    link = visit.folder / "link"
+    link.symlink_to("/etc/passwd")
+    for path in (*outside, f"{visit.folder}/../../../../../../etc/passwd", str(link), str(visits.root)):
+        assert status(path) in (403, 404), path
+    visits.close("one")
+    assert status(str(file)) in (403, 404)

@@ -1,0 +1,75 @@
+"""Pictures and tables show what they are given, and nothing that visitors typed as markup."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sparse_dit.app.demo import pictures
+from sparse_dit.app.demo.actions import Finished
+
+
+def test_a_difference_is_enlarged_and_multiplied() -> None:
+    dense = np.full((16, 24, 3), 100, np.uint8)
+    sparse = dense.copy()
+    sparse[3, 5] += 2
+    sparse[:, 12:] += 1
+    picture, gain = pictures.difference_map(dense, sparse)
+    pixels = np.asarray(picture)
+    assert pixels.shape == (256, 384, 3)
+    assert gain == 64
+    assert (pixels[3 * 16, 5 * 16] == 128).all()
+    assert (pixels[0, -1] == 64).all()
+    assert (pixels[0, 0] == 0).all()
+
+
+def test_tokens_that_are_not_computed_are_dark() -> None:
+    frame = np.full((16, 16, 3), 200, np.uint8)
+    keys = np.zeros((4, 4), bool)
+    keys[1, 2] = True
+    pixels = np.asarray(pictures.mask_picture(frame, keys))
+    side = pixels.shape[0] // 4
+    bright = (pixels == 200).all(axis=2)
+    assert bright[side : 2 * side, 2 * side : 3 * side].all()
+    assert bright.sum() == side * side
+    assert pixels[0, 0].max() < 60
+
+
+def test_the_query_is_among_the_frames_of_a_strip() -> None:
+    clip = np.zeros((81, 16, 16, 3), np.uint8)
+    keys = np.zeros((21, 2, 2), bool)
+    tile = pictures.mask_strip(clip[:5], keys[:2], (0, 0, 0)).width
+    strip = pictures.mask_strip(clip, keys, (7, 1, 1))
+    assert strip.width > tile
+    assert (np.asarray(strip) == (255, 214, 0)).all(axis=2).any()
+
+
+def test_what_visitors_typed_is_text(run: Finished) -> None:
+    record = {**run.record, "prompt": "<script>alert(1)</script>", "model": "<b>", "backend": "a<i>"}
+    html = pictures.numbers_html(record)
+    assert "&lt;script&gt;" in html
+    assert not any(tag in html for tag in ("<script", "<b>", "<i>"))
+    assert "<img" not in pictures.heat_html([[0.5, None]], "<img>", "<img>")
+
+
+def test_numbers_name_what_the_record_holds(run: Finished) -> None:
+    html = pictures.numbers_html(run.record)
+    for text in (f"{run.record['psnr']:.1f} dB", f"{run.record['run_density']:.3f}", "8 of 12 attention calls sparse"):
+        assert text in html
+    nothing = {**run.record, "density": None, "calls": {"sparse": 0, "made": 4, "dense": {"dense_steps": 4}}}
+    assert "Every call was dense" in pictures.numbers_html(nothing)
+
+
+def test_heat_maps_tell_dense_cells_apart(run: Finished) -> None:
+    assert run.inside is not None
+    html = pictures.heat_html(run.inside.density, "Density", "")
+    assert html.count(">dense<") == 2
+    assert html.count("background:rgba") == 4
+    assert pictures.heat_html([], "Density", "") == ""
+
+
+def test_captions_and_thumbnails(run: Finished) -> None:
+    assert pictures.caption(run).startswith("1. tiny-radial, ")
+    assert pictures.thumbnail(run).size == (512, 256)
+    with pytest.raises(FileNotFoundError):
+        pictures.thumbnail(replace(run, folder=run.folder / "gone"))
