@@ -16,7 +16,7 @@ help:
 	@echo "make demo    dense against sparse on the shipped model: videos and numbers in $(DEMO_OUT)"
 	@echo "make test    the tests"
 	@echo "make check   ruff, mypy, import-linter"
-	@echo "make table   the README's table from the rows in eval/results"
+	@echo "make table   the tables of README and docs from the rows in eval/results"
 	@echo "make clean   remove .venv, caches and build output"
 
 install: $(INSTALLED)
@@ -41,6 +41,7 @@ check: $(INSTALLED)
 
 table: $(INSTALLED)
 	$(BIN)/python -m sparse_dit.eval.report
+	$(BIN)/python -m sparse_dit.eval.tables
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -80,9 +80,12 @@ def hopper_refusal(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision
         return f"{torch.cuda.get_device_name(q.device)} is no Hopper GPU"
     if q.shape[-1] not in HOPPER_HEAD_SIZES:
         return f"head size {q.shape[-1]} is not one of {HOPPER_HEAD_SIZES}"
-    block_k = HOPPER_BLOCK_K[1:] if precision == "int8_fp8" else HOPPER_BLOCK_K
-    if blocks.block_q != HOPPER_BLOCK_Q or blocks.block_k not in block_k:
-        return f"blocks of {blocks.block_q} by {blocks.block_k} are not {HOPPER_BLOCK_Q} by one of {block_k}"
+    if precision == "int8_fp8":
+        # Measured: an error of 0.04 at 26 tiles of 128 keys, 0.32 at 256, 2.4 at 929. The portable kernel, which adds each
+        # tile in fp32, stays at 0.04: the matrix unit keeps too few bits of a sum that it goes on adding to.
+        return "its FP8 sums lose bits over long rows"
+    if blocks.block_q != HOPPER_BLOCK_Q or blocks.block_k not in HOPPER_BLOCK_K:
+        return f"blocks of {blocks.block_q} by {blocks.block_k} are not {HOPPER_BLOCK_Q} by one of {HOPPER_BLOCK_K}"
     for name, x in (("q", q), ("k", k), ("v", v)):
         strides = [stride for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1]
         if x.stride(3) != 1 or x.data_ptr() % _TMA_BYTES or any(s * x.element_size() % _TMA_BYTES for s in strides):

@@ -14,11 +14,17 @@ def gather_tokens(x: Tensor, order: Tensor) -> Tensor:
     Returns:
         Like x, in fresh memory.
     """
+    if len(order) == 1:
+        # Whole tokens, all heads at once: long pieces as models lay out memory, where indexing would go by the element.
+        return x.transpose(1, 2).index_select(1, order[0]).transpose(1, 2)
     return x[:, _heads(x, order), order.expand(x.shape[1], -1)]
 
 
 def scatter_tokens(x: Tensor, order: Tensor, out: Tensor) -> Tensor:
     """Writes what is i-th in head h of x to token order[h, i] of out: the inverse of `gather_tokens`. Returns out."""
+    if len(order) == 1:
+        out.transpose(1, 2).index_copy_(1, order[0], x.transpose(1, 2))
+        return out
     out[:, _heads(x, order), order.expand(x.shape[1], -1)] = x
     return out
 

@@ -1,8 +1,7 @@
 """The Hopper kernel: on a GPU against the oracle, elsewhere why it is not taken."""
 
-import math
-
 import json
+import math
 import os
 import subprocess
 import sys
@@ -113,7 +112,7 @@ class TestCuda:
         torch.testing.assert_close(hopper_lse, triton_lse, atol=1e-4, rtol=1e-5)
 
     @pytest.mark.parametrize("ordered", [False, True])
-    @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
+    @pytest.mark.parametrize("precision", ["int8"])
     @pytest.mark.parametrize("head_size", HOPPER_HEAD_SIZES)
     @pytest.mark.parametrize("seq", [1, 65, 129, 500, 1000])
     def test_codes(self, qkv, random_mask, seq, head_size, precision, ordered):
@@ -153,6 +152,9 @@ class TestCuda:
         lists = mask_to_lists(random_mask(1, 1, 2, 2).cuda(), 128, 128)
         assert hopper_refusal(q, k, v, lists, "native") == "head size 256 is not one of (64, 72, 88, 96, 128)"
         assert default_backend(q, k, v, lists, "native") == "triton"
+        q, k, v = qkv(1, 2, 256, 128, torch.bfloat16, "cuda")
+        assert hopper_refusal(q, k, v, lists, "int8_fp8") == "its FP8 sums lose bits over long rows"
+        assert default_backend(q, k, v, lists, "int8_fp8") == "triton"
         q, k, v = qkv(1, 2, 256, 64, torch.bfloat16, "cuda")
         finer = mask_to_lists(random_mask(1, 1, 4, 4).cuda(), 64, 64)
         assert hopper_refusal(q, k, v, finer, "native").startswith("blocks of 64 by 64 are not 128 by one of")

@@ -1,0 +1,111 @@
+"""The README's tables that are no plain list of settings: how fast the kernels are, and how systems rank."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sparse_dit.eval.report import put
+from sparse_dit.eval.results import Row, load_rows
+
+
+def speed(rows: Sequence[Row]) -> str:
+    """Attention kernels of ours by shape: cuDNN's dense time in the same run over theirs, at each density.
+
+    Args:
+        rows: as `sparse-dit bench kernels` writes them. Those with quantization included, blocks of 128 x 128 and lists
+            of equal length are shown; `error` is the largest relative L2 error of a line's cells.
+    """
+    cells: dict[tuple[str, str, str], dict[float, Row]] = defaultdict(dict)
+    for row in rows:
+        plain = not row["codes"] and not row["ordered"] and row["lists"] == "equal" and row["skipped"] == "drop"
+        if row["status"] == "measured" and row["what"] == "attention" and plain and row["blocks"] == [128, 128]:
+            shape = row["shape"]
+            name = f"{shape['heads']} x {shape['tokens']:,} x {shape['head_size']}"
+            cells[name, row["kernel"], row["precision"]][row["wanted_density"]] = row
+    densities = sorted({density for line in cells.values() for density in line if len(line) > 1}, reverse=True)
+    lines = [
+        "| heads x tokens x head size | kernel | precision | " + " | ".join(f"{d:g}" for d in densities) + " | error |",
+        "| --- | --- | --- | " + " | ".join("---:" for _ in densities) + " | ---: |",
+    ]
+    for (shape, kernel, precision), line in cells.items():
+        if kernel in ("hopper", "triton") and not (kernel == "hopper" and precision == "int8_fp8"):
+            ratios = (f"{line[density]['ratio']:.2f}" if density in line else "" for density in densities)
+            error = max(row["error"] for row in line.values())
+            lines.append(f"| {shape} | {kernel} | {precision} | {' | '.join(ratios)} | {error:.4f} |")
+    return "\n".join(lines)
+
+
+def systems(rows: Sequence[Row]) -> str:
+    """Systems on tiny-wan by PSNR, mean over clips with the worst one, each setting beside its run density.
+
+    Args:
+        rows: as `sparse_dit.eval.systems` writes them, in native precision.
+    """
+    groups: dict[tuple[str, int, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["recipe"]["precision"] == "native":
+            setting = json.dumps(row["recipe"]["selection"], sort_keys=True)
+            groups[row["recipe"]["name"], row["recipe"]["schedule"]["dense_steps"], setting].append(row)
+    steps = rows[0]["steps"]
+    entries: dict[tuple[int, str], list[tuple[float, str]]] = defaultdict(list)
+    for (name, dense_steps, _), group in groups.items():
+        density = statistics.fmean(row["density"] for row in group)
+        psnr = [row["psnr"] for row in group]
+        cells = (
+            name,
+            f"{density:.2f}",
+            f"{statistics.fmean(row['run_density'] for row in group):.2f}",
+            f"{statistics.fmean(psnr):.1f}",
+            f"{statistics.median(psnr):.1f}",
+            f"{min(psnr):.1f}",
+            f"{statistics.fmean(row['ssim'] for row in group):.3f}",
+            str(len(group)),
+        )
+        entries[dense_steps, _near(density)].append((statistics.fmean(psnr), f"| {' | '.join(cells)} |"))
+    lines = []
+    for (dense_steps, near), found in sorted(entries.items(), key=lambda entry: (entry[0][0], -float(entry[0][1]))):
+        lines += [
+            f"**Density about {near}, {dense_steps} of {steps} steps dense**",
+            "",
+            "| system | density | run density | PSNR, dB | median | worst clip | SSIM | clips |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            *(line for _, line in sorted(found, reverse=True)),
+            "",
+        ]
+    return "\n".join(lines).rstrip()
+
+
+def _near(density: float) -> str:
+    return min(("0.5", "0.25", "0.12"), key=lambda name: abs(float(name) - density))
+
+
+# Page and marker, the rows, and the table made of them.
+PLACES: tuple[tuple[str, str, str, Callable[[Sequence[Row]], str]], ...] = (
+    ("README.md", "speed", "bench-kernels.jsonl", speed),
+    ("docs/systems.md", "systems", "systems-tiny-wan.jsonl", systems),
+)
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """What every page with such a table should hold.
+
+    Args:
+        root: of the repository.
+
+    Raises:
+        ValueError: a page lacks its marker, or as `sparse_dit.eval.results.load_rows`.
+    """
+    found = {}
+    for page, marker, rows_file, table in PLACES:
+        text = (root / page).read_text(encoding="utf-8")
+        found[root / page] = put(text, marker, table(load_rows(root / "eval" / "results" / rows_file)))
+    return found
+
+
+if __name__ == "__main__":
+    for page, text in pages(Path()).items():
+        page.write_text(text, encoding="utf-8")

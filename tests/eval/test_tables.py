@@ -1,0 +1,73 @@
+"""The tables of pages: they are those of the rows, and they say what the rows say."""
+
+from pathlib import Path
+from typing import Any
+
+from sparse_dit.eval.tables import pages, speed, systems
+
+ROOT = Path(__file__).parents[2]
+
+
+def kernel_row(**changes: Any) -> dict[str, Any]:
+    plain = {
+        "shape": {"heads": 2, "tokens": 1234, "head_size": 64},
+        "what": "attention",
+        "kernel": "hopper",
+        "precision": "native",
+        "ordered": False,
+        "codes": False,
+        "skipped": "drop",
+        "blocks": [128, 128],
+        "lists": "equal",
+        "wanted_density": 0.3,
+        "ratio": 3.14159,
+        "error": 0.002,
+        "status": "measured",
+    }
+    return {**plain, **changes}
+
+
+def test_the_pages_show_the_rows() -> None:
+    for page, text in pages(ROOT).items():
+        assert page.read_text(encoding="utf-8") == text, "run: make table"
+
+
+def test_speed_shows_plain_calls_of_our_kernels_and_the_worst_error() -> None:
+    rows = [
+        kernel_row(),
+        kernel_row(wanted_density=1.0, ratio=1.0, error=0.003),
+        kernel_row(kernel="cudnn", wanted_density=1.0, ratio=1.0),
+        kernel_row(codes=True, ratio=9.0),
+        kernel_row(ordered=True, ratio=9.0),
+        kernel_row(blocks=[128, 64], ratio=9.0),
+        kernel_row(status="failed", ratio=None),
+    ]
+    assert speed(rows).splitlines()[2:] == ["| 2 x 1,234 x 64 | hopper | native | 1.00 | 3.14 | 0.0030 |"]
+
+
+def test_systems_are_sorted_by_psnr_within_density_and_dense_steps() -> None:
+    def row(name: str, density: float, psnr: float, dense_steps: int = 0, precision: str = "native") -> dict[str, Any]:
+        recipe = {
+            "name": name,
+            "precision": precision,
+            "selection": {"name": "pooled", "density": density},
+            "schedule": {"dense_steps": dense_steps},
+        }
+        return {"recipe": recipe, "steps": 20, "density": density, "run_density": density, "psnr": psnr, "ssim": 0.5}
+
+    rows = [
+        row("a", 0.24, 20.0),
+        row("a", 0.24, 30.0),
+        row("b", 0.26, 27.0),
+        row("b", 0.11, 9.0),
+        row("c", 0.25, 9.0, 4),
+    ]
+    text = systems([*rows, row("d", 0.25, 99.0, precision="int8")])
+    headings = [line for line in text.splitlines() if line.startswith("**")]
+    assert headings == [
+        "**Density about 0.25, 0 of 20 steps dense**",
+        "**Density about 0.12, 0 of 20 steps dense**",
+        "**Density about 0.25, 4 of 20 steps dense**",
+    ]
+    assert text.index("| b | 0.26 | 0.26 | 27.0 |") < text.index("| a | 0.24 | 0.24 | 25.0 | 25.0 | 20.0 | 0.500 | 2 |")
+    assert "| d |" not in text
