@@ -126,6 +126,21 @@ def methods(json: bool = False) -> None:
         tables.print_recipes(recipes)
 
 
+def families(json: bool = False) -> None:
+    """List the model families that are known: which can be sparse, and why the others stay dense.
+
+    Args:
+        json: print JSON instead of a table.
+    """
+    from sparse_dit.pipelines.families import family_table
+
+    rows = family_table()
+    if json:
+        print(dumps(rows, indent=2))
+    else:
+        tables.print_families(rows)
+
+
 def explain(request: Request, setup: Setup, json: bool = False) -> None:
     """Tell what a recipe would do in a model, without running it.
 
@@ -365,6 +380,7 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], frozenset[str]]] = {
     "compare": (compare, frozenset()),
     "batch": (batch, frozenset({"prompt"})),
     "methods": (methods, frozenset()),
+    "families": (families, frozenset()),
     "demo": (demo, frozenset()),
     "explain": (explain, frozenset({"prompt", "negative_prompt", "seed"})),
     "eval": (evaluate, frozenset({"prompt"})),

@@ -104,6 +104,17 @@ def print_recipes(recipes: Sequence["Recipe"]) -> None:
     Console().print(table)
 
 
+def print_families(rows: Sequence[dict[str, Any]]) -> None:
+    """The model families, where text stands in their self-attention, and what stays dense in them."""
+    table = Table()
+    for column in ("models", "transformer", "kind", "text", "stays dense"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        text = " and ".join(side for side in ("before", "after") if row[side])
+        table.add_row(row["models"], row["transformer"], row["kind"], text, row["dense"])
+    Console().print(table)
+
+
 def row_line(row: dict[str, Any]) -> str:
     """A result row in one line."""
     density = "none" if row["density"] is None else f"{row['density']:.2f}"

@@ -59,6 +59,7 @@ class Explanation:
         blocks: (query blocks, key blocks).
         density: computed tile area over full area of a sparse call; `None` when the content decides.
         run_density: mean density over all steps and layers, dense ones counted as 1; `None` when the content decides.
+        summary_density: what summaries of skipped blocks add to the density of a sparse call, at most.
         state_bytes: bytes of block lists and of what layers keep between steps, in bfloat16 and for one sample; both
             branches of classifier-free guidance where the pipeline has it.
         steps: the plan, one entry a step.
@@ -77,6 +78,7 @@ class Explanation:
     blocks: tuple[int, int]
     density: float | None
     run_density: float | None
+    summary_density: float
     state_bytes: int
     steps: tuple[StepPlan, ...]
 
@@ -94,6 +96,7 @@ class Explanation:
             f"tokens       {self.tokens} = {video} video + text ({text})",
             f"blocks       {self.blocks[0]} x {self.blocks[1]} of {self.block_q} x {self.block_k} tokens",
             f"density      {_told(self.density)} in sparse calls, {_told(self.run_density)} over the run",
+            *([f"summaries    {self.summary_density:.4f} more density at most"] if self.summary_density else []),
             f"state        {self.state_bytes} bytes",
             *([f"dense        {self.remark}"] if self.remark else []),
         ]
@@ -171,6 +174,7 @@ def explain(
         blocks=(-(-layout.length // chosen.block_q), -(-layout.length // chosen.block_k)),
         density=told.density,
         run_density=None if told.density is None else 1.0 - sparse_share * (1.0 - told.density),
+        summary_density=told.summary_density,
         state_bytes=told.state_bytes,
         steps=steps,
     )
@@ -191,6 +195,7 @@ def _stays_dense(transformer: object, recipe: Recipe, reason: str) -> Explanatio
         blocks=(0, 0),
         density=1.0,
         run_density=1.0,
+        summary_density=0.0,
         state_bytes=0,
         steps=(),
     )

@@ -101,6 +101,19 @@ def test_generate_writes_one_video(mini_wan: Path, tmp_path: Path, capsys: pytes
     assert str(video) in capsys.readouterr().out
 
 
+def test_families_lists_every_family(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_dit.pipelines.families import DENSE_FAMILIES, FAMILIES
+
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["families", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["transformer"] for row in rows} == {*FAMILIES, *DENSE_FAMILIES}
+    assert main(["families"]) == 0
+    shown = capsys.readouterr().out
+    assert "WanTransformer3DModel" in shown
+    assert "its self-attention is linear" in shown
+
+
 def test_methods_lists_every_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     assert main(["methods"]) == 0
