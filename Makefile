@@ -31,7 +31,7 @@ demo: $(INSTALLED)
 	$(BIN)/sparse-dit compare --model tiny-wan --prompt "$(DEMO_PROMPT)" --out "$(DEMO_OUT)"
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ def test_bench_prints_a_table_and_appends_rows(tmp_path: Path, capsys: pytest.Ca
     rows = load_rows(out)
     assert {row["status"] for row in rows} == {"measured"}
     assert rows[0]["kernel"] == rows[0]["dense"] == "sdpa"
-    assert rows[0]["command"].startswith("sparse-dit ")
+    assert rows[0]["command"].startswith("sparse-dit")
     assert "pool + top-k density 0.3" in printed
     assert f"wrote {out}" in printed
     assert "left out" not in printed
