@@ -98,11 +98,10 @@ class Answers:
 
     def admit(
         self, visit: Visit | None, request: gr.Request, model: Any, prompt: Any, inside: Any, *fields: Any
-    ) -> tuple[str, Visit, Any]:
+    ) -> tuple[str, Visit]:
         """Checks a run and puts it in line. `fields`: seed, steps, width, height, frames, and the recipe's four.
 
-        The visit is opened here where the page was quicker than its own opening. The last value changes with every run
-        that is admitted, and starts it.
+        The visit is opened here where the page was quicker than its own opening.
         """
         visit = visit or self.open_visit(request)
         try:
@@ -112,21 +111,23 @@ class Answers:
             recipe = join_recipe(self.studio.limits, *fields[5:])
             ahead = self.visits.enter(visit, Asked(model, wanted, recipe, bool(inside)), self.places)
         except ValueError as error:
-            return _refusal(str(error)), visit, gr.skip()
-        return _status("Starting." if not ahead else f"In line: {ahead} ahead of you."), visit, visit.admitted
+            return _refusal(str(error)), visit
+        return _status("Starting." if not ahead else f"In line: {ahead} ahead of you."), visit
 
     def run(self, visit: Visit | None) -> Iterator[Update]:
-        """Makes the run that was admitted, and says how far it is."""
+        """Makes the run that was admitted, if there is one, and says how far it is."""
         visit = _open(visit)
         asked, stop = visit.asked, visit.stop
-        if asked is None:
-            raise gr.Error("There is no run in line.", print_exception=False)
+        if asked is None or not visit.admitted:
+            yield {self.parts.status: gr.skip()}
+            return
+        visit.admitted = False
         news: SimpleQueue[str | None] = SimpleQueue()
         job = self.worker.submit(self.studio.run, visit, asked, lambda *what: news.put(_progress(*what)))
         job.add_done_callback(lambda _: news.put(None))
         try:
             while (line := news.get()) is not None:
-                yield {self.parts.status: line}
+                yield {self.parts.status: gr.skip() if stop.is_set() else line}
             yield self._finished(visit, job)
         finally:
             stop.set()  # where the page let go of this generator, the run must not go on
@@ -137,7 +138,7 @@ class Answers:
         try:
             run = job.result()
         except Stopped:
-            return {self.parts.status: _status("Stopped.")}
+            return {self.parts.status: gr.skip()}  # `stop` has said so, and the next run may have begun to speak
         except ValueError as error:
             return {self.parts.status: _refusal(str(error))}
         except Exception:
@@ -241,20 +242,25 @@ class Answers:
         told = (
             f"Step {step}, layer {layer}, head {head}: {keys.mean():.1%} of all video tokens are computed for this "
             f"query, {keys[query[0]].mean():.1%} of those in its own frame. Dark tokens are skipped; the thin line is "
-            "the query's block, the square the query. On the right all frames, with their shares."
+            "the query's block, the square the query: click to move it. The second picture shows all frames, with "
+            "their shares."
         )
         strip = _picture(run, f"{name}-strip", lambda: pictures.mask_strip(clip, keys, query))
         return _picture(run, name, over_frame), strip, told
 
-    def pick_query(self, visit: Visit | None, number: int, event: gr.SelectData) -> tuple[Any, Any]:
-        """Row and column of the token that was clicked on the mask's frame."""
+    def pick_query(
+        self, visit: Visit | None, number: int, step: int, layer: int, head: int, latent: int, event: gr.SelectData
+    ) -> tuple[Any, ...]:
+        """Row and column of the token that was clicked on the mask's frame, and what `show_mask` shows of it."""
         run = _run(visit, number)
         if run.inside is None or not isinstance(event.index, list | tuple):
-            return gr.skip(), gr.skip()
+            return (gr.skip(),) * 5
         picture = pictures.enlarged(run.clip("sparse")[0])
         _, rows, columns = run.inside.grid
         x, y = (float(at) for at in event.index[:2])
-        return min(int(y * rows / picture.height), rows - 1), min(int(x * columns / picture.width), columns - 1)
+        row = min(max(int(y * rows / picture.height), 0), rows - 1)
+        column = min(max(int(x * columns / picture.width), 0), columns - 1)
+        return row, column, *self.show_mask(visit, number, step, layer, head, latent, row, column)
 
 
 def told_origin(recipe: Recipe) -> str:

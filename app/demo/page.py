@@ -142,7 +142,7 @@ def _results(parts: Parts) -> None:
                     )
                 parts.told = gr.HTML(container=False)
                 with gr.Row():
-                    parts.mask = _image("What is computed for the query; click to move it", "mask")
+                    parts.mask = _image(None, "mask")
                     parts.strip = _image(None, "strip")
             parts.heat = gr.HTML(elem_id="heat", container=False)
         with gr.Tab("Files"):
@@ -160,32 +160,36 @@ def _wire(answers: Answers, page: gr.Blocks, visit: Any, asked: list[Any], go: A
         parts.status, parts.number, parts.empty, parts.results, parts.videos, parts.dense, parts.sparse, parts.numbers,
         parts.frame, *frame, parts.files, parts.heat, parts.query, *pointers, *mask,
     ]  # fmt: skip
-    admitted = gr.State(0)
     page.load(answers.open_visit, None, visit, js=style.STEP, **_LIGHT)
     page.unload(answers.close_visit)
-    gr.on(
+    admitted = gr.on(
         [go.click, asked[1].submit],
         answers.admit,
         [visit, *asked],
-        [parts.status, visit, admitted],
+        [parts.status, visit],
         trigger_mode="once",
         **_LIGHT,
     )
-    run = admitted.change(answers.run, visit, [*shown, parts.made, parts.gallery], show_progress="hidden", **_QUEUED)
-    stop.click(answers.stop, visit, parts.status, cancels=[run], **_LIGHT)
+    made = [parts.made, parts.gallery]
+    admitted.then(answers.run, visit, [*shown, *made], show_progress="hidden", trigger_mode="multiple", **_QUEUED)
+    # No `cancels`: Gradio's page then loses the next run now and then. The run ends by itself, and frees its place.
+    stop.click(answers.stop, visit, parts.status, **_LIGHT)
     parts.gallery.select(answers.pick_run, visit, shown, **_LIGHT)
-    parts.frame.change(
+    # Input, not change: a run that is shown sets all pointers at once and brings its own pictures.
+    parts.frame.input(
         answers.show_frame, [visit, parts.number, parts.frame], frame, trigger_mode="always_last", **_LIGHT
     )
     gr.on(
-        [pointer.change for pointer in pointers],
+        [pointer.input for pointer in pointers],
         answers.show_mask,
         [visit, parts.number, *pointers],
         mask,
         trigger_mode="always_last",
         **_LIGHT,
     )
-    parts.mask.select(answers.pick_query, [visit, parts.number], [parts.row, parts.column], **_LIGHT)
+    parts.mask.select(
+        answers.pick_query, [visit, parts.number, *pointers[:4]], [parts.row, parts.column, *mask], **_LIGHT
+    )
 
 
 def _video(label: str) -> Any:

@@ -47,12 +47,12 @@ CSS = """
 .numbers tr { border-bottom: 1px solid var(--border-color-primary) !important; }
 .numbers th[scope=row], .numbers th:first-child { text-align: left; font-weight: 500; }
 .numbers .told { font-weight: 600; margin: 0 0 .4rem; overflow-wrap: anywhere; }
-.heat { margin: 0 0 1rem; }
+.heat { margin: 0 0 1rem; contain: inline-size; }
 .heat figcaption { margin-bottom: .3rem; font-size: .9rem; }
 .heat .scroll { overflow-x: auto; }
 .heat th, .heat td { padding: .15rem .5rem; text-align: center; font-size: .8rem; }
 .heat th, .heat td { border: 1px solid var(--border-color-primary); }
-.heat th { font-weight: 500; color: var(--body-text-color-subdued); }
+.heat th { font-weight: 500; white-space: nowrap; color: var(--body-text-color-subdued); }
 .heat td.dense { color: var(--body-text-color-subdued);
   background: repeating-linear-gradient(45deg, transparent 0 4px, var(--border-color-primary) 4px 5px); }
 #clips video, #mask img, #slider img, #difference img { image-rendering: pixelated; }

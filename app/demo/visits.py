@@ -30,7 +30,7 @@ class Visit:
 
     Attributes:
         asked: the run that waits for its turn or is under way; None where there is none.
-        admitted: how many runs were put in line so far.
+        admitted: whether what is asked still waits for its start, which it has once.
         runs: what was made, the oldest first, by number.
         stop: set when the run under way shall end.
         closed: whether the visitor has left.
@@ -38,7 +38,7 @@ class Visit:
 
     folder: Path
     asked: Asked | None = None
-    admitted: int = 0
+    admitted: bool = False
     runs: dict[int, Finished] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
     closed: bool = False
@@ -138,8 +138,7 @@ class Visits:
                     f"the server is busy: {ahead} runs are in line, and it takes {places}; "
                     "please try again in a few minutes"
                 )
-            visit.asked, visit.stop = asked, threading.Event()
-            visit.admitted += 1
+            visit.asked, visit.admitted, visit.stop = asked, True, threading.Event()
             return ahead
 
     def __len__(self) -> int:
