@@ -148,16 +148,23 @@ def slow(items: Sequence[Item], job: Job) -> Iterator[Outcome]:
 def test_killed_at_random_moments_every_row_is_there_once(tmp_path: Path) -> None:
     prompts = [f"number {number}" for number in range(200)]
     chance = random.Random(0)
+    path = tmp_path / "out" / "results.jsonl"
+
+    def count() -> int:
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
     counts = [0]
     for _ in range(3):
         child = FORK.Process(target=lambda: run(tmp_path, plan(tmp_path, *prompts), slow))
         child.start()
-        time.sleep(0.15 + chance.uniform(0, 0.2))
+        # By rows and not by the clock: a fast machine would be through before a kill by time.
+        while count() < counts[-1] + 20:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.03))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         assert child.exitcode == -signal.SIGKILL
-        path = tmp_path / "out" / "results.jsonl"
-        counts.append(path.read_bytes().count(b"\n") if path.exists() else 0)
+        counts.append(count())
         assert counts[-1] >= counts[-2]
     assert 0 < counts[-1] < 200
     report = run(tmp_path, plan(tmp_path, *prompts), slow)
