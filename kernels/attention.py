@@ -11,10 +11,10 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
+from sparse_dit.kernels.pieces import aligned, pieces
 from sparse_dit.kernels.tiles import Launch, architecture, pinned
 
 LOG2_E = 1.4426950408889634
-PIECE_BYTES = 16  # what a thread loads at once
 
 
 @triton.jit
@@ -220,25 +220,6 @@ def column_split(head_size: int) -> tuple[int, int]:
     main = 1 << (head_size.bit_length() - 1)
     rest = head_size - main
     return main, max(16, triton.next_power_of_2(rest)) if rest else 0
-
-
-def is_aligned(x: Tensor) -> bool:
-    """Whether channels of x [..., D] lie side by side and each row of them starts at a multiple of 16 bytes."""
-    piece = PIECE_BYTES // x.element_size()
-    rows = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
-    return x.stride(-1) == 1 and x.data_ptr() % PIECE_BYTES == 0 and all(stride % piece == 0 for stride in rows)
-
-
-def aligned(x: Tensor) -> Tensor:
-    """x itself if it `is_aligned`, else a contiguous copy; D is a multiple of 16 bytes."""
-    return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
-
-
-def pieces(x: Tensor) -> list[int]:
-    """Strides of an `aligned` tensor in pieces of 16 bytes, without the last, which is 1 element."""
-    piece = PIECE_BYTES // x.element_size()
-    # Where there is one entry its stride is never used, and may be anything.
-    return [stride // piece for stride in x.stride()[:-1]]
 
 
 def launch_for(head_size: int, block_q: int, block_k: int, arch: str) -> Launch:

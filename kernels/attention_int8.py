@@ -21,7 +21,8 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from sparse_dit.kernels.attention import aligned, column_split, pieces
+from sparse_dit.kernels.attention import column_split
+from sparse_dit.kernels.pieces import aligned, pieces
 from sparse_dit.kernels.quantize import CODE_ALIGN, GROUP, Quantized, padded
 from sparse_dit.kernels.tiles import Launch, architecture, pinned
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_dit.kernels.blocks import BlockList
+from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned
 
 BACKENDS = ("hopper", "triton", "host")
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
@@ -16,7 +17,6 @@ HOPPER_BLOCK_Q = 128
 HOPPER_BLOCK_K = (32, 64, 128)
 # Triton versions whose Gluon the Hopper kernel is compiled with by the tests: from the first, before the second.
 GLUON_VERSIONS = ((3, 6), (3, 10))
-_TMA_BYTES = 16  # addresses and strides are multiples of this
 
 
 def default_backend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision: str) -> str:
@@ -28,10 +28,17 @@ def default_backend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precisio
 
 def told_backend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision: str) -> str:
     """`default_backend` as summaries print it: on a Hopper GPU with why the kernel made for it is not the one."""
-    name = default_backend(q, k, v, blocks, precision)
-    if name != "triton" or torch.version.hip is not None or torch.cuda.get_device_capability(q.device) != (9, 0):
-        return name
-    return f"triton ({hopper_refusal(q, k, v, blocks, precision)})"
+    if not q.is_cuda or q.dtype not in CUDA_DTYPES:
+        return "host"
+    reason = hopper_refusal(q, k, v, blocks, precision)
+    if reason is None:
+        return "hopper"
+    return f"triton ({reason})" if is_hopper(q.device) else "triton"
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether a CUDA device is an NVIDIA GPU of compute capability 9.0."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def chosen_backend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision: str, backend: str | None) -> str:
@@ -76,7 +83,7 @@ def hopper_refusal(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision
     """Why the Hopper kernel cannot take a call, or None where it can."""
     if not q.is_cuda or q.dtype not in CUDA_DTYPES:
         return f"q is {q.dtype} on {q.device}"
-    if torch.version.hip is not None or torch.cuda.get_device_capability(q.device) != (9, 0):
+    if not is_hopper(q.device):
         return f"{torch.cuda.get_device_name(q.device)} is no Hopper GPU"
     if q.shape[-1] not in HOPPER_HEAD_SIZES:
         return f"head size {q.shape[-1]} is not one of {HOPPER_HEAD_SIZES}"
@@ -87,9 +94,8 @@ def hopper_refusal(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision
     if blocks.block_q != HOPPER_BLOCK_Q or blocks.block_k not in HOPPER_BLOCK_K:
         return f"blocks of {blocks.block_q} by {blocks.block_k} are not {HOPPER_BLOCK_Q} by one of {HOPPER_BLOCK_K}"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        strides = [stride for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1]
-        if x.stride(3) != 1 or x.data_ptr() % _TMA_BYTES or any(s * x.element_size() % _TMA_BYTES for s in strides):
-            return f"{name} does not lie in pieces of {_TMA_BYTES} bytes"
+        if not is_aligned(x):
+            return f"{name} does not lie in pieces of {PIECE_BYTES} bytes"
     return _gluon_refusal()
 
 

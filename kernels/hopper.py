@@ -1,6 +1,7 @@
 """Launches the Hopper kernel: what it takes, its TMA descriptors, its arguments."""
 
 import torch
+import triton
 from einops import rearrange
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -25,7 +26,7 @@ def hopper_attention(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_q: int, block_k: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The contract of `ops.block_sparse_attention` where the Hopper kernel takes the call, arguments checked."""
-    wide = _power_of_two(q.shape[-1])
+    wide = triton.next_power_of_2(q.shape[-1])
     descriptors = (_descriptor(q, 64, wide), _descriptor(k, block_k, _PANEL), _descriptor(v, block_k, _PANEL))
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
     return _launch(descriptors, (None,) * 7, out, k.shape[2], indices, counts, scale * LOG2_E)
@@ -35,7 +36,7 @@ def hopper_quantized_attention(
     codes: Quantized, indices: Tensor, counts: Tensor, order: Tensor | None, block_k: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The same on codes made with the same order. Returns out in `dtype` and lse, both in the tokens' own order."""
-    wide, code_width = _power_of_two(codes.head_size), _power_of_two(codes.q.shape[-1])
+    wide, code_width = triton.next_power_of_2(codes.head_size), triton.next_power_of_2(codes.q.shape[-1])
     top = None if codes.v_scale is None else codes.v_scale.amax(dim=-1)
     d_v = _descriptor(codes.v, block_k, _PANEL) if top is None else _descriptor(codes.v, wide, block_k)
     descriptors = (_descriptor(codes.q, 64, code_width), _descriptor(codes.k, block_k, code_width), d_v)
@@ -61,7 +62,7 @@ def _launch(
     indices = indices.expand(batch, heads, -1, -1)
     counts = counts.expand(batch, heads, -1)
     order = scales[-1]
-    wide = _power_of_two(head_size)
+    wide = triton.next_power_of_2(head_size)
     query_blocks = counts.shape[2]
     with torch.cuda.device_of(out):
         hopper_forward_kernel[(batch * heads * query_blocks,)](
@@ -72,7 +73,3 @@ def _launch(
             ORDERED=order is not None, D=wide, STAGES=3 if wide == 128 else 4, num_warps=4,
         )  # fmt: skip
     return out, lse
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()

@@ -14,7 +14,8 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from sparse_dit.kernels.attention import LOG2_E, aligned, column_split, pieces
+from sparse_dit.kernels.attention import LOG2_E, column_split
+from sparse_dit.kernels.pieces import aligned, pieces
 from sparse_dit.kernels.tiles import Launch, architecture, pinned
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_dit.kernels.attention import PIECE_BYTES, is_aligned, pieces
+from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
 from sparse_dit.kernels.quantize import (
     CODE_ALIGN,
     FP8_MAX,

@@ -12,7 +12,6 @@ Names as in `attention`: `i_` program index, `p_` pointer, `o_` offsets, `m_` ma
 # mypy: disable-error-code="operator, index, attr-defined, no-untyped-call"
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_dit.kernels.blocks import BlockList
+from sparse_dit.kernels.tiles import Launch
 
 LOG2_E = math.log2(math.e)
 LOOKED_UP = 512  # key blocks that a program of the first kernel looks up at once
@@ -164,16 +164,6 @@ def summary_kernel(
 
     tl.store(p_rows, (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty), mask=m_rows)
     tl.store(p_lse, (b_max + tl.log2(b_sum)) * LN_2, mask=m_row)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the second kernel is cut and launched: queries and summaries a tile, warps a program, tiles in flight."""
-
-    tile_q: int
-    tile_k: int
-    num_warps: int
-    num_stages: int
 
 
 # By head size rounded up to a power of two. Every row fits the shared memory of every architecture, and spills no

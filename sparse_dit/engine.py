@@ -7,6 +7,7 @@ supported.
 """
 
 import copy
+import functools
 import itertools
 import sys
 import warnings
@@ -249,6 +250,38 @@ def end_forward(site: Site) -> None:
         site.run.end_forward()
 
 
+def model_attention(
+    site: Site,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    axes: str,
+    scale: float | None,
+    backend: str,
+) -> torch.Tensor:
+    """The call as the model's own processor would have made it; arguments as `Site.call`."""
+    if axes == HEADS_FIRST:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    dispatch = sys.modules[site.home].dispatch_attention_fn
+    masks = () if mask is None else (mask,)
+    return cast(torch.Tensor, dispatch(q, k, v, *masks, scale=scale, backend=backend or None))
+
+
+def tokens_first(out: torch.Tensor, axes: str) -> torch.Tensor:
+    """An operator's output as graphs expect it: with the axes `axes`, and in memory as [B, S, H, D]."""
+    return rearrange(rearrange(out, f"{axes} -> {TOKENS_FIRST}").contiguous(), f"{TOKENS_FIRST} -> {axes}")
+
+
+def fake_tokens_first(q: torch.Tensor, axes: str) -> torch.Tensor:
+    """What `tokens_first` makes of an output like q, for tracing."""
+    if axes == TOKENS_FIRST:
+        return q.new_empty(q.shape)
+    batch, heads, tokens, width = q.shape
+    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
 @torch.library.custom_op("sparse_dit::attend", mutates_args=())
 def _attend(
     q: torch.Tensor,
@@ -261,15 +294,9 @@ def _attend(
     backend: str,
 ) -> torch.Tensor:
     site = Site.find(slot)
-
-    def dense() -> torch.Tensor:
-        if axes == HEADS_FIRST:
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
-        dispatch = sys.modules[site.home].dispatch_attention_fn
-        return cast(torch.Tensor, dispatch(q, k, v, scale=scale, backend=backend or None))
-
+    dense = functools.partial(model_attention, site, q, k, v, None, axes=axes, scale=scale, backend=backend)
     out = site.run.call(site.layer, q, k, v, axes=axes, scale=scale, refusal=None, dense=dense)
-    return rearrange(rearrange(out, f"{axes} -> {TOKENS_FIRST}").contiguous(), f"{TOKENS_FIRST} -> {axes}")
+    return tokens_first(out, axes)
 
 
 @_attend.register_fake
@@ -283,10 +310,7 @@ def _(
     scale: float | None,
     backend: str,
 ) -> torch.Tensor:
-    if axes == TOKENS_FIRST:
-        return q.new_empty(q.shape)
-    batch, heads, tokens, width = q.shape
-    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
+    return fake_tokens_first(q, axes)
 
 
 @torch.library.custom_op("sparse_dit::begin_forward", mutates_args=("clock",))

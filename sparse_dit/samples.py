@@ -6,16 +6,14 @@ are attended to exactly as under the mask, each sample by itself where samples d
 
 import copy
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from einops import rearrange
 
-from sparse_dit.engine import HEADS_FIRST, TOKENS_FIRST, Run, Site, is_dense
+from sparse_dit.engine import Run, Site, fake_tokens_first, is_dense, model_attention, tokens_first
 from sparse_dit.layout import TokenLayout
 
 Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -194,15 +192,9 @@ def _attend_read(
     index: int,
 ) -> torch.Tensor:
     layer = cast(Layer, Site.find(slot))
-
-    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        if axes == HEADS_FIRST:
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-        dispatch = sys.modules[layer.home].dispatch_attention_fn
-        return cast(torch.Tensor, dispatch(q, k, v, mask, scale=scale, backend=backend or None))
-
+    dense = functools.partial(model_attention, layer, axes=axes, scale=scale, backend=backend)
     out = layer.attend_read(q, k, v, mask, axes=axes, scale=scale, index=index, dense=dense)
-    return rearrange(rearrange(out, f"{axes} -> {TOKENS_FIRST}").contiguous(), f"{TOKENS_FIRST} -> {axes}")
+    return tokens_first(out, axes)
 
 
 @_attend_read.register_fake
@@ -218,7 +210,4 @@ def _(
     backend: str,
     index: int,
 ) -> torch.Tensor:
-    if axes == TOKENS_FIRST:
-        return q.new_empty(q.shape)
-    batch, heads, tokens, width = q.shape
-    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
+    return fake_tokens_first(q, axes)

@@ -13,6 +13,7 @@ from sparse_dit.eval.bench.inputs import Inputs
 from sparse_dit.eval.bench.work import work
 from sparse_dit.eval.bench.yardsticks import dense_kernel
 from sparse_dit.eval.results import Row, device_of, provenance
+from sparse_dit.kernels.backends import is_hopper
 
 MEASURED, FAILED, LEFT_OUT = "measured", "failed", "left out"
 
@@ -21,8 +22,7 @@ def our_backends(device: torch.device) -> list[str]:
     """Our backends that a device runs, the fastest first."""
     if device.type != "cuda":
         return ["host"]
-    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
-    return ["hopper", "triton"] if hopper else ["triton"]
+    return ["hopper", "triton"] if is_hopper(device) else ["triton"]
 
 
 @dataclass

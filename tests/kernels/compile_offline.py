@@ -1,25 +1,18 @@
-"""Compiles the attention and quantization kernels for one target: python compile_offline.py cuda 90
+"""Compiles the attention and quantization kernels: python compile_offline.py cuda:90 hip:gfx942
 
-Prints a line of JSON a variant. For sm_90, where more of them are compiled, it tells registers and stack as well.
+Prints a line of JSON a target and variant (more of them on Hopper), with registers and stack where the target is an
+NVIDIA one.
 """
 
-import json
-import re
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
-import triton
-from triton import compile as triton_compile
+from offline import architecture_of, report, target_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparse_dit.kernels import attention, attention_int8, quantize_triton
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 class Variant(NamedTuple):
@@ -67,14 +60,14 @@ def quantized_variants(precision: str, architecture: str, every: bool) -> Iterat
 
 
 def variants(target: GPUTarget) -> Iterator[Variant]:
-    architecture = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+    architecture = architecture_of(target)
     yield from native_variants(architecture)
     yield from quantized_variants("int8", architecture, every=target.arch == 90)
     if target.backend == "cuda" and target.arch >= 89:
         yield from quantized_variants("int8_fp8", architecture, every=target.arch == 90)
 
 
-def compiled(variant: Variant, target: GPUTarget) -> Any:
+def source_and_options(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
     signature: dict[str, str] = {}
     attributes = {}
     fixed = dict(variant.fixed)
@@ -94,36 +87,17 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
         if aligned and signature[name] != "constexpr":
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, constexprs=fixed, attrs=attributes)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": variant.fusion}
+    options: dict[str, Any] = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "enable_fp_fusion": variant.fusion,
+    }
     if variant.maxnreg is not None:
         options["maxnreg"] = variant.maxnreg
-    return triton_compile(source, target=target, options=options)
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack of a thread: stack is where registers spill to."""
-    with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        told = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
-    assert found is not None, told
-    return {"registers": int(found[1]), "stack": int(found[2])}
-
-
-def main(target: GPUTarget) -> None:
-    for variant in variants(target):
-        kernel = compiled(variant, target)
-        binary = kernel.asm["cubin" if target.backend == "cuda" else "hsaco"]
-        line = {
-            "kernel": variant.kernel.__name__,
-            "head_size": variant.fixed["HEAD_SIZE"],
-            "binary_bytes": len(binary),
-            "shared_memory": kernel.metadata.shared,
-        }
-        print(json.dumps(line | (resources(binary) if target.arch == 90 else {})))
+    return source, options
 
 
 if __name__ == "__main__":
-    backend, architecture = sys.argv[1:]
-    main(GPUTarget("cuda", int(architecture), 32) if backend == "cuda" else GPUTarget("hip", architecture, 64))
+    for name in sys.argv[1:]:
+        for variant in variants(target_of(name)):
+            report(name, *source_and_options(variant))

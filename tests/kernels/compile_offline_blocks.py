@@ -4,23 +4,15 @@ Prints a line of JSON a target and variant (all of them on Hopper, else one a ke
 the target is an NVIDIA one.
 """
 
-import json
-import re
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
-import triton
-from triton import compile as triton_compile
-from triton.backends.compiler import GPUTarget
+from offline import architecture_of, report, target_of
 from triton.compiler import ASTSource
 
 from sparse_dit.kernels import lists_triton, mass_triton, pool_triton
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {
     "p_order": "*i64",
     "p_subtract": "*fp32",
@@ -83,9 +75,7 @@ def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, An
 
 
 def main(target_name: str) -> None:
-    backend, architecture = target_name.split(":")
-    target = GPUTarget("cuda", int(architecture), 32) if backend == "cuda" else GPUTarget("hip", architecture, 64)
-    named = f"sm_{architecture}" if backend == "cuda" else architecture
+    named = architecture_of(target_of(target_name))
     for kernel, fixed, types, num_warps, num_stages in variants(named, every=target_name == "cuda:90"):
         signature, attributes = {}, {}
         for position, name in enumerate(kernel.arg_names):
@@ -98,28 +88,7 @@ def main(target_name: str) -> None:
             if name.startswith(ALIGNED) and signature[name] != "constexpr":
                 attributes[(position,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constexprs=fixed, attrs=attributes)
-        compiled = triton_compile(
-            source, target=target, options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-        )
-        binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
-        facts = {
-            "target": target_name,
-            "kernel": kernel.__name__,
-            "binary_bytes": len(binary),
-            "shared_memory": compiled.metadata.shared,
-        }
-        print(json.dumps(facts | (resources(binary) if target.backend == "cuda" else {})))
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of its stack: spilled registers live there, and these kernels put nothing else."""
-    with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        listing = subprocess.run(
-            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {name.lower(): int(re.search(rf"{name}:(\d+)", listing)[1]) for name in ("REG", "STACK")}  # type: ignore[index]
+        report(target_name, source, {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,8 @@
-"""Compiles the Hopper kernel and prints a line of JSON a variant: python compile_offline_hopper.py"""
+"""Compiles the Hopper kernel and prints a line of JSON a variant: python compile_offline_hopper.py cuda:90"""
 
-import json
-import re
-import subprocess
-import tempfile
-from pathlib import Path
+import sys
 
-import triton
-from triton.backends.compiler import GPUTarget
+from offline import report
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -21,7 +16,6 @@ VARIANTS = (
     ("int8_fp8", 128, 128, False),
     ("int8_fp8", 128, 64, True),
 )
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def descriptor(dtype: str, rows: int, columns: int) -> str:
@@ -56,20 +50,7 @@ def source(precision: str, head_size: int, block_k: int, ordered: bool) -> Gluon
     return GluonASTSource(hopper_forward_kernel, signature, constexprs=constants, attrs={})
 
 
-def stack_bytes(cubin: bytes) -> int:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return max(int(size) for size in re.findall(r"STACK:(\d+)", usage))
-
-
-def main() -> None:
-    for variant in VARIANTS:
-        kernel = triton.compile(source(*variant), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-        cubin = kernel.asm["cubin"]
-        print(json.dumps({"shared_memory": kernel.metadata.shared, "stack_bytes": stack_bytes(cubin)}))
-
-
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:]:
+        for variant in VARIANTS:
+            report(name, source(*variant), {"num_warps": 4})

@@ -4,21 +4,14 @@ Prints a line of JSON a target and variant (all of them on Hopper, else one a ke
 the target is an NVIDIA one.
 """
 
-import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from triton import compile as triton_compile
-from triton.backends.compiler import GPUTarget
+from offline import report
 from triton.compiler import ASTSource
 
 from sparse_dit.kernels import summary_triton
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from compile_offline_blocks import resources
 
 POINTERS = {"p_lse": "*fp32", "p_log_counts": "*fp32", "p_order": "*i64"}
 TILES = {"p_indices": "*i32", "p_counts": "*i32", "p_tiles": "*i32", "p_tile_counts": "*i32"}
@@ -44,8 +37,6 @@ def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
 
 
 def main(target_name: str) -> None:
-    backend, architecture = target_name.split(":")
-    target = GPUTarget("cuda", int(architecture), 32) if backend == "cuda" else GPUTarget("hip", architecture, 64)
     for kernel, fixed, num_warps, num_stages in variants(every=target_name == "cuda:90"):
         signature, attributes = {}, {}
         for position, name in enumerate(kernel.arg_names):
@@ -60,17 +51,7 @@ def main(target_name: str) -> None:
             if name.startswith(ALIGNED) and signature[name] != "constexpr":
                 attributes[(position,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constexprs=fixed, attrs=attributes)
-        compiled = triton_compile(
-            source, target=target, options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-        )
-        binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
-        facts = {
-            "target": target_name,
-            "kernel": kernel.__name__,
-            "binary_bytes": len(binary),
-            "shared_memory": compiled.metadata.shared,
-        }
-        print(json.dumps(facts | (resources(binary) if target.backend == "cuda" else {})))
+        report(target_name, source, {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True})
 
 
 if __name__ == "__main__":

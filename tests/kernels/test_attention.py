@@ -81,7 +81,7 @@ def test_views_with_offsets_and_odd_strides(check, random_mask, backend):
 
 
 def test_only_rows_out_of_line_are_copied():
-    from sparse_dit.kernels.attention import aligned, pieces
+    from sparse_dit.kernels.pieces import aligned, pieces
 
     memory = torch.zeros(2, 40, 3, 80, dtype=torch.float16)
     heads = memory[..., 8:].transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The attention and quantization kernels compile for every architecture, on a machine that has none of them."""
+"""The Triton and Gluon kernels compile for every architecture, on a machine that has none of them."""
 
 import json
 import os
@@ -10,23 +10,38 @@ import pytest
 
 # Shared memory a program may use, bytes.
 TARGETS = {
-    ("cuda", "80"): 166_912,
-    ("cuda", "86"): 101_376,
-    ("cuda", "89"): 101_376,
-    ("cuda", "90"): 232_448,
-    ("cuda", "100"): 232_448,
-    ("cuda", "120"): 101_376,
-    ("hip", "gfx942"): 65_536,
+    "cuda:80": 166_912,
+    "cuda:86": 101_376,
+    "cuda:89": 101_376,
+    "cuda:90": 232_448,
+    "cuda:100": 232_448,
+    "cuda:120": 101_376,
+    "hip:gfx942": 65_536,
 }
-PROGRAM = Path(__file__).with_name("compile_offline.py")
+ATTENTION = {"block_sparse_forward_kernel", "int8_forward_kernel", "quantize_kernel", "sampled_means_kernel"}
+BLOCKS = {"pool_kernel", "block_mass_kernel", "select_kernel", "kth_kernel"}
+SUMMARY = {"skipped_tiles_kernel", "summary_kernel"}
+# Program, the targets of one run of it, its kernels. The longest goes target by target, for the sake of two cores.
+RUNS = (
+    *(("compile_offline.py", (target,), ATTENTION) for target in TARGETS),
+    ("compile_offline_blocks.py", tuple(TARGETS), BLOCKS),
+    ("compile_offline_summary.py", tuple(TARGETS), SUMMARY),
+    ("compile_offline_hopper.py", ("cuda:90",), {"hopper_forward_kernel"}),
+)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids="-".join)
-def test_compiles_for(target, tmp_path):
+def attention_variants(target: str) -> int:
+    """Four in 16 bits, and with codes, in FP8 too where there is such a unit, all on Hopper and else one a kernel."""
+    fp8 = target.startswith("cuda") and int(target.removeprefix("cuda:")) >= 89
+    return 4 + 2 * 7 if target == "cuda:90" else 4 + (1 + fp8) * 3
+
+
+@pytest.mark.parametrize(("program", "targets", "kernels"), RUNS, ids=[f"{run[0]}-{'-'.join(run[1])}" for run in RUNS])
+def test_compiles_for(program, targets, kernels, tmp_path):
     # Apart from the other tests' process: Triton reads TRITON_INTERPRET once, when a kernel is defined.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, PROGRAM, *target],
+        [sys.executable, Path(__file__).with_name(program), *targets],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -34,10 +49,18 @@ def test_compiles_for(target, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     compiled = [json.loads(line) for line in run.stdout.splitlines()]
-    fp8 = target[0] == "cuda" and int(target[1]) >= 89
-    assert len(compiled) == (4 + 2 * 7 if target[1] == "90" else 4 + (1 + fp8) * 3)
-    for kernel in compiled:
-        assert kernel["binary_bytes"] > 0
-        assert kernel["shared_memory"] <= TARGETS[target]
-        if target[1] == "90":
-            assert kernel["stack"] == 0, kernel
+    for target in targets:
+        made = [kernel for kernel in compiled if kernel["target"] == target]
+        assert {kernel["kernel"] for kernel in made} == kernels
+        for kernel in made:
+            assert kernel["binary_bytes"] > 0
+            assert kernel["shared_memory"] <= TARGETS[target]
+            if target == "cuda:90":
+                assert kernel["stack"] == 0, kernel
+        if kernels is ATTENTION:
+            assert len(made) == attention_variants(target)
+    on_hopper = [kernel for kernel in compiled if kernel["target"] == "cuda:90"]
+    if kernels is SUMMARY:
+        assert len(on_hopper) == 7
+    if kernels == {"hopper_forward_kernel"}:
+        assert len(on_hopper) == 5
