@@ -6,7 +6,7 @@ each consume them. The score product of a tile and the value product of the tile
 softmax of a tile runs while the latter finishes.
 
 Blocks of fewer than 128 keys fill a stage in PARTS, so that every product is 128 keys wide whatever the list's blocks.
-Rows are launched from both ends of the sequence inwards: text, whose rows are the longest, starts first in its head.
+Rows of a head are launched by falling length of their lists, so that the last ones to run are short.
 
 Names as in `attention`; `d_` is a TMA descriptor, `full` and `empty` are barriers, `wg` a consumer warpgroup. Layouts:
 scores are [64, 128] as the matrix unit leaves them, and seen as [64, PARTS, keys a part] where parts have scales.
@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparse_dit.kernels.quantize import GROUP
 
 SCALE_GROUP = gl.constexpr(GROUP)
+SUMMED_TILES = gl.constexpr(16)  # FP8 products that the matrix unit adds up before they go into a total in fp32
 # Triton 3.6 has other names than its successors for this and for the next.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
@@ -137,36 +138,75 @@ def _weigh(b_p, b_v, stage, b_acc, PARTS: gl.constexpr, V_LAYOUT: gl.constexpr, 
 
 
 @gluon.jit
-def _softmax(b_s, b_max, b_sum, scale):
-    """Online softmax over a tile [64, keys]: weights 2^(s scale - max'), max', sum' and what decays the past."""
+def _softmax(b_s, b_max, scale):
+    """Online softmax over a tile [64, keys]: weights 2^(s scale - max'), max', what decays the past, `_thread_sums`."""
     b_new_max = gl.maximum(b_max, gl.max(b_s, 1) * scale)  # [64]
     b_p = gl.exp2(b_s * scale - gl.expand_dims(b_new_max, 1))
-    b_decay = gl.exp2(b_max - b_new_max)
-    return b_p, b_new_max, b_sum * b_decay + gl.sum(b_p, 1), b_decay
+    b_sums = _thread_sums(b_p.reshape([64, 1, b_p.shape[1]]))
+    return b_p, b_new_max, gl.exp2(b_max - b_new_max), gl.sum(b_sums, 1)
 
 
 @gluon.jit
-def _softmax_of_parts(b_s, b_max, b_sum, b_factor, b_lift):
-    """The same over [64, parts, keys], scores times factor [64, parts], weights times 2^lift but in the sum."""
-    b_new_max = gl.maximum(b_max, gl.max(gl.max(b_s, 2) * b_factor, 1))  # [64]
+def _thread_sums(b_p):
+    """Sums of weights [64, parts, keys] over the keys that a thread holds, [64, parts, 4]: four threads share a row.
+
+    Threads add theirs to one another's once, after the last tile.
+    """
+    return gl.sum(gl.sum(b_p.reshape([64, b_p.shape[1], b_p.shape[2] // 8, 4, 2]), 2), 3)
+
+
+@gluon.jit
+def _softmax_of_parts(b_s, b_max, b_factor, b_lift):
+    """The same over integers [64, parts, keys] times factor [64, parts]; weights are times 2^lift, but in their sums.
+
+    The maximum is taken of the integers: their conversion then hides behind the exponentials.
+    """
+    b_new_max = gl.maximum(b_max, gl.max(gl.max(b_s, 2).to(gl.float32) * b_factor, 1))  # [64]
     b_zero = gl.expand_dims(b_new_max, 1) - gl.expand_dims(b_lift, 0)  # [64, parts]
-    b_p = gl.exp2(b_s * gl.expand_dims(b_factor, 2) - gl.expand_dims(b_zero, 2))
-    b_decay = gl.exp2(b_max - b_new_max)
-    b_part_sum = gl.sum(b_p, 2) * gl.expand_dims(gl.exp2(-b_lift), 0)  # [64, parts]
-    return b_p, b_new_max, b_sum * b_decay + gl.sum(b_part_sum, 1), b_decay
+    b_p = gl.exp2(b_s.to(gl.float32) * gl.expand_dims(b_factor, 2) - gl.expand_dims(b_zero, 2))
+    b_sums = _thread_sums(b_p)
+    lift_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, b_sums.type.layout))
+    b_drop = gl.exp2(-gl.convert_layout(b_lift, lift_layout))  # [parts]
+    b_sums *= gl.expand_dims(gl.expand_dims(b_drop, 0), 2)
+    return b_p, b_new_max, gl.exp2(b_max - b_new_max), gl.sum(b_sums, 1)
 
 
 @gluon.jit
-def _scales_of_parts(p_k_scale, p_v_scale, v_scale_top, p_indices, i_index, blocks, i_part, b_q_scale, PER_GROUP, FP8):
+def _add_sums(b_sum, b_decay, b_sums):
+    """sum decay + sums, [64, 4]."""
+    b_decay = gl.convert_layout(b_decay, gl.SliceLayout(1, b_sum.type.layout))
+    return b_sum * gl.expand_dims(b_decay, 1) + b_sums
+
+
+@gluon.jit
+def _scales_of_parts(p_k_scale, p_v_lift, p_indices, i_index, blocks, i_part, b_q_scale, PER_GROUP, FP8):
     """factor and lift of the parts of a tile, see `_softmax_of_parts`; i_part [parts] are positions in the list."""
     i_part = gl.maximum(gl.minimum(i_part, blocks - 1), 0)
     group = gl.load(p_indices + i_part * i_index) // PER_GROUP
     b_factor = gl.expand_dims(b_q_scale, 1) * gl.expand_dims(gl.load(p_k_scale + group), 0)
     b_lift = gl.zeros_like(group.to(gl.float32))
     if FP8:
-        # The largest weight is 2^8 and meets the values of the largest scale: E4M3 ends at 448.
-        b_lift = 8.0 + gl.log2(gl.load(p_v_scale + group) / v_scale_top)
+        b_lift = gl.load(p_v_lift + group)
     return b_factor, b_lift
+
+
+@gluon.jit
+def _keep_total(b_total, b_acc):
+    """Stores acc [64, D] in shared memory [D / 8, 128 threads, 4]: a thread's own values, four to a piece."""
+    D: gl.constexpr = b_acc.shape[1]
+    b_total.store(b_acc.reshape([4, 2, 8, D // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([D // 8, 128, 4]))
+
+
+@gluon.jit
+def _add_total(b_total, b_acc, b_total_max, b_max):
+    """total 2^(total max - max) + acc, [64, D]."""
+    D: gl.constexpr = b_acc.shape[1]
+    b_like = b_acc.reshape([4, 2, 8, D // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([D // 8, 128, 4])
+    b_kept = b_total.load(b_like.type.layout)
+    b_kept = b_kept.reshape([D // 8, 4, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5)).reshape([64, D])
+    b_kept = gl.convert_layout(b_kept, b_acc.type.layout, assert_trivial=True)
+    b_decay = gl.exp2(b_total_max - b_max)
+    return b_kept * gl.convert_layout(gl.expand_dims(b_decay, 1), b_acc.type.layout) + b_acc
 
 
 @gluon.jit
@@ -174,10 +214,10 @@ def _attend(
     tiles, rings, turns, lists, scales, rows, ends, wg: gl.constexpr, PARTS: gl.constexpr, ORDERED: gl.constexpr
 ):
     """A consumer: 64 queries over all tiles of the list, the last tile first, the only one that needs a mask."""
-    b_queries, b_k, b_v, b_out = tiles
+    b_queries, b_k, b_v, b_out, b_totals = tiles
     q_full, k_full, k_empty, v_full, v_empty = rings
     p_indices, i_index, blocks, valid = lists
-    p_q_scale, p_k_scale, p_v_scale, v_scale_top, scale = scales
+    p_q_scale, p_k_scale, p_v_lift, scale = scales
     first_row, seq_q = rows
     STAGES: gl.constexpr = b_k.shape[0]
     TILE_K: gl.constexpr = b_k.shape[3]
@@ -198,7 +238,10 @@ def _attend(
     row_layout: gl.constexpr = gl.SliceLayout(1, part_layout if QUANTIZED else s_layout)
     b_acc = gl.zeros([64, D], gl.float32, acc_layout)
     b_max = gl.full([64], -float("inf"), gl.float32, row_layout)
-    b_sum = gl.zeros([64], gl.float32, row_layout)
+    if FP8:
+        b_total = b_totals.index(wg)
+        b_total_max = b_max
+        _keep_total(b_total, b_acc)
     o_row = first_row + wg * 64 + gl.arange(0, 64, row_layout)
     o_part = gl.arange(0, PARTS, gl.SliceLayout(0, part_layout))
     count = gl.cdiv(blocks, PARTS)
@@ -206,26 +249,26 @@ def _attend(
     b_q = b_queries.index(wg).reshape([64, CODES])
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
-    b_s = _scores(b_q, b_k, 0, CODES, b_zero_s)
+    b_first = _scores(b_q, b_k, 0, CODES, b_zero_s)
     if QUANTIZED:
         b_q_scale = gl.load(p_q_scale + o_row, mask=o_row < seq_q, other=0.0)
         b_factor, b_lift = _scales_of_parts(
-            p_k_scale, p_v_scale, v_scale_top, p_indices, i_index, blocks, (count - 1) * PARTS + o_part, b_q_scale,
+            p_k_scale, p_v_lift, p_indices, i_index, blocks, (count - 1) * PARTS + o_part, b_q_scale,
             PER_GROUP, FP8,
         )  # fmt: skip
-    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    b_first = warpgroup_mma_wait(0, deps=[b_first])
     mbarrier.arrive(k_empty.index(0), count=1)
     o_key = gl.arange(0, TILE_K, gl.SliceLayout(0, s_layout))
-    b_s = gl.where(gl.expand_dims(o_key < valid, 0), b_s.to(gl.float32), -float("inf"))
+    b_first = gl.where(gl.expand_dims(o_key < valid, 0), b_first.to(gl.float32), -float("inf"))
     if QUANTIZED:
-        b_s = b_s.reshape([64, PARTS, TILE_K // PARTS])
-        b_p, b_max, b_sum, b_decay = _softmax_of_parts(b_s, b_max, b_sum, b_factor, b_lift)
+        b_first = b_first.reshape([64, PARTS, TILE_K // PARTS])
+        b_p, b_max, b_decay, b_sum = _softmax_of_parts(b_first, b_max, b_factor, b_lift)
         b_factor, b_lift = _scales_of_parts(
-            p_k_scale, p_v_scale, v_scale_top, p_indices, i_index, blocks, (count - 2) * PARTS + o_part, b_q_scale,
+            p_k_scale, p_v_lift, p_indices, i_index, blocks, (count - 2) * PARTS + o_part, b_q_scale,
             PER_GROUP, FP8,
         )  # fmt: skip
     else:
-        b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale)
+        b_p, b_max, b_decay, b_sum = _softmax(b_first, b_max, scale)
     mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=count > 1)
     for i_tile in range(1, count):
         stage = i_tile % STAGES
@@ -241,14 +284,15 @@ def _attend(
         b_s = warpgroup_mma_wait(VALUE_PRODUCTS, deps=[b_s])
         mbarrier.arrive(k_empty.index(stage), count=1)
         if QUANTIZED:
-            b_s = b_s.to(gl.float32).reshape([64, PARTS, TILE_K // PARTS])
-            b_p, b_max, b_sum, b_decay = _softmax_of_parts(b_s, b_max, b_sum, b_factor, b_lift)
+            b_s = b_s.reshape([64, PARTS, TILE_K // PARTS])
+            b_p, b_max, b_decay, b_sums = _softmax_of_parts(b_s, b_max, b_factor, b_lift)
             b_factor, b_lift = _scales_of_parts(
-                p_k_scale, p_v_scale, v_scale_top, p_indices, i_index, blocks, (count - 2 - i_tile) * PARTS + o_part,
+                p_k_scale, p_v_lift, p_indices, i_index, blocks, (count - 2 - i_tile) * PARTS + o_part,
                 b_q_scale, PER_GROUP, FP8,
             )  # fmt: skip
         else:
-            b_p, b_max, b_sum, b_decay = _softmax(b_s, b_max, b_sum, scale)
+            b_p, b_max, b_decay, b_sums = _softmax(b_s, b_max, scale)
+        b_sum = _add_sums(b_sum, b_decay, b_sums)
         # Waiting for the next keys before the value product keeps the assembler from moving that wait up in front of
         # the softmax, which would then overlap with nothing.
         after = i_tile + 1
@@ -256,22 +300,44 @@ def _attend(
         b_acc = warpgroup_mma_wait(0, deps=[b_acc])
         mbarrier.arrive(v_empty.index(before), count=1)
         b_acc = b_acc * gl.convert_layout(gl.expand_dims(b_decay, 1), acc_layout)
+        if FP8:  # noqa: SIM102 - a constant by itself: without it the rest is not compiled
+            if i_tile % SUMMED_TILES == 0:
+                b_acc = _add_total(b_total, b_acc, b_total_max, b_max)
+                _keep_total(b_total, b_acc)
+                b_total_max = b_max
+                b_acc = gl.zeros([64, D], gl.float32, acc_layout)
     last = (count - 1) % STAGES
     mbarrier.wait(v_full.index(last), ((count - 1) // STAGES) & 1)
     b_p = gl.convert_layout(b_p.reshape([64, TILE_K]), s_layout, assert_trivial=True)
     b_acc = warpgroup_mma_wait(0, deps=[_weigh(b_p, b_v, last, b_acc, PARTS, v_layout, dtype)])
 
+    if FP8:
+        b_acc = _add_total(b_total, b_acc, b_total_max, b_max)
     # Kernel arguments as they came, and rows behind a fence: what follows is computed here and not kept in registers,
     # let alone spilled, from before the loop to here.
     first_row = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [first_row], gl.int32, is_pure=False, pack=1)
     o_row = first_row + wg * 64 + gl.arange(0, 64, row_layout)
-    p_out, out_batch, out_head, out_token, p_lse, p_lse_shift, p_v_mean, p_order, order_head, heads, head_size = ends
+    (
+        p_out,
+        out_batch,
+        out_head,
+        out_token,
+        p_lse,
+        p_lse_shift,
+        p_v_mean,
+        p_v_scale_top,
+        p_order,
+        order_head,
+        heads,
+        head_size,
+    ) = ends
     i_bh = gl.program_id(0) // gl.cdiv(seq_q, 128)
     far_b, far_h, far_bh = (i_bh // heads).to(gl.int64), (i_bh % heads).to(gl.int64), i_bh.to(gl.int64)
     LN_2: gl.constexpr = 0.6931471805599453
+    b_sum = gl.convert_layout(gl.sum(b_sum, 1), row_layout)
     b_lse = (b_max + gl.log2(b_sum)) * LN_2
     if FP8:
-        b_sum = b_sum * (256.0 / v_scale_top)
+        b_sum = b_sum * (256.0 / gl.load(p_v_scale_top + far_bh))
     b_result = b_acc / gl.convert_layout(gl.expand_dims(b_sum, 1), acc_layout)
     if FP8:
         o_mean = gl.arange(0, D, gl.SliceLayout(0, acc_layout))
@@ -304,9 +370,9 @@ def _tokens(p_order, o_row, seq_q, ORDERED: gl.constexpr):
 
 @gluon.jit
 def hopper_forward_kernel(
-    d_q, d_k, d_v, p_q_scale, p_lse_shift, p_k_scale, p_v_scale, p_v_scale_top, p_v_mean, p_order, p_out, p_lse,
-    p_indices, p_counts, order_head, out_batch, out_head, out_token,
-    i_batch, i_head, i_row, i_index, c_batch, c_head, c_row,
+    d_q, d_k, d_v, p_q_scale, p_lse_shift, p_k_scale, p_v_lift, p_v_scale_top, p_v_mean, p_order, p_out, p_lse,
+    p_indices, p_counts, p_rows, order_head, out_batch, out_head, out_token,
+    i_batch, i_head, i_row, i_index, c_batch, c_head, c_row, r_batch, r_head,
     heads, query_blocks, seq_q, seq_k, groups, head_size, scale,
     ORDERED: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -317,8 +383,6 @@ def hopper_forward_kernel(
     program = gl.program_id(0)
     i_bh = program // query_blocks
     i_h, i_b = i_bh % heads, i_bh // heads
-    inwards = program % query_blocks // 2
-    i_block = gl.where(program % query_blocks % 2 == 0, query_blocks - 1 - inwards, inwards)
     BLOCK_K: gl.constexpr = d_v.block_shape[3] if d_v.dtype.primitive_bitwidth == 8 else d_v.block_shape[2]
     TILE_K: gl.constexpr = 128
     PARTS: gl.constexpr = TILE_K // BLOCK_K
@@ -326,18 +390,17 @@ def hopper_forward_kernel(
     FP8: gl.constexpr = d_v.dtype.primitive_bitwidth == 8
     CODES: gl.constexpr = d_q.block_shape[3]
     dtype: gl.constexpr = p_out.dtype.element_ty
-    first_row = i_block * 128
 
     far_h, far_b, far_bh = i_h.to(gl.int64), i_b.to(gl.int64), i_bh.to(gl.int64)
+    i_block = gl.load(p_rows + far_b * r_batch + far_h * r_head + program % query_blocks)
+    first_row = i_block * 128
     blocks = gl.load(p_counts + far_b * c_batch + far_h * c_head + i_block * c_row)
     p_indices += far_b * i_batch + far_h * i_head + i_block.to(gl.int64) * i_row
-    v_scale_top = scale
     if QUANTIZED:
         p_q_scale += far_bh * seq_q
         p_k_scale += far_bh * groups
     if FP8:
-        p_v_scale += far_bh * groups
-        v_scale_top = gl.load(p_v_scale_top + far_bh)
+        p_v_lift += far_bh * groups
     # Keys of the first tile, the one at the list's end: the list may not fill it, and its last block may be ragged.
     last_block = gl.load(p_indices + (blocks - 1) * i_index)
     valid = (blocks - 1) % PARTS * BLOCK_K + gl.minimum(seq_k - last_block * BLOCK_K, BLOCK_K)
@@ -351,7 +414,10 @@ def hopper_forward_kernel(
         b_out = seen_as(b_q, dtype, [2, 64, D], out_layout)
     if FP8:
         b_v = gl.allocate_shared_memory(d_v.dtype, [STAGES * PARTS, 1, 1, D, BLOCK_K], d_v.layout)
+        total_layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [2, 1, 0])
+        b_totals = gl.allocate_shared_memory(gl.float32, [2, D // 8, 128, 4], total_layout)
     else:
+        b_totals = b_out
         b_v = gl.allocate_shared_memory(d_v.dtype, [STAGES, 1, 1, TILE_K, D], d_v.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -373,13 +439,14 @@ def hopper_forward_kernel(
     for wg in gl.static_range(2):
         tma_load(d_q, [i_b, i_h, first_row + wg * 64, 0], q_full, b_q.index(wg))
 
-    tiles = (b_q, b_k, b_v, b_out)
+    tiles = (b_q, b_k, b_v, b_out, b_totals)
     rings = (q_full, k_full, k_empty, v_full, v_empty)
     lists = (p_indices, i_index, blocks, valid)
-    scales = (p_q_scale, p_k_scale, p_v_scale, v_scale_top, scale)
+    scales = (p_q_scale, p_k_scale, p_v_lift, scale)
     rows = (first_row, seq_q)
     ends = (
-        p_out, out_batch, out_head, out_token, p_lse, p_lse_shift, p_v_mean, p_order, order_head, heads, head_size
+        p_out, out_batch, out_head, out_token, p_lse, p_lse_shift, p_v_mean, p_v_scale_top, p_order, order_head, heads,
+        head_size,
     )  # fmt: skip
     copied = (d_k, d_v, b_k, b_v)
     gl.warp_specialize(

@@ -9,6 +9,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_dit.kernels.attention_hopper import hopper_forward_kernel
 from sparse_dit.kernels.quantize import GROUP, LOG2_E, Quantized
+from sparse_dit.kernels.rows_triton import longest_first
 
 _PANEL = 64  # columns of 16 bits that one TMA box takes: 128 bytes, the widest swizzle
 
@@ -23,13 +24,24 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def hopper_attention(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_q: int, block_k: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    order: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The contract of `ops.block_sparse_attention` where the Hopper kernel takes the call, arguments checked."""
+    """The contract of `ops.block_sparse_attention` where the Hopper kernel takes the call, arguments checked.
+
+    With an order q, k and v are in it already; out and lse go to the tokens' own places.
+    """
     wide = triton.next_power_of_2(q.shape[-1])
     descriptors = (_descriptor(q, 64, wide), _descriptor(k, block_k, _PANEL), _descriptor(v, block_k, _PANEL))
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
-    return _launch(descriptors, (None,) * 7, out, k.shape[2], indices, counts, scale * LOG2_E)
+    return _launch(descriptors, (*(None,) * 6, order), out, k.shape[2], indices, counts, scale * LOG2_E)
 
 
 def hopper_quantized_attention(
@@ -37,13 +49,28 @@ def hopper_quantized_attention(
 ) -> tuple[Tensor, Tensor]:
     """The same on codes made with the same order. Returns out in `dtype` and lse, both in the tokens' own order."""
     wide, code_width = triton.next_power_of_2(codes.head_size), triton.next_power_of_2(codes.q.shape[-1])
-    top = None if codes.v_scale is None else codes.v_scale.amax(dim=-1)
+    lift, top = (None, None) if codes.v_scale is None else _lift(codes.v_scale)
     d_v = _descriptor(codes.v, block_k, _PANEL) if top is None else _descriptor(codes.v, wide, block_k)
     descriptors = (_descriptor(codes.q, 64, code_width), _descriptor(codes.k, block_k, code_width), d_v)
-    scales = (codes.q_scale, codes.lse_shift, codes.k_scale, codes.v_scale, top, codes.v_mean, order)
+    scales = (codes.q_scale, codes.lse_shift, codes.k_scale, lift, top, codes.v_mean, order)
     batch, heads, seq_q = codes.q_scale.shape
     out = torch.empty(batch, seq_q, heads, codes.head_size, dtype=dtype, device=codes.q.device)
     return _launch(descriptors, scales, out, codes.seq_k, indices, counts, 1.0)
+
+
+def _lift(v_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """What the kernel adds to the logarithms of weights, and what it divides sums by, to take the scales of values in.
+
+    The largest weight, 1, becomes 2^8 where it meets values of the largest scale: E4M3 ends at 448.
+
+    Args:
+        v_scale: fp32 [B, H, groups], positive.
+
+    Returns:
+        lift, base 2, [B, H, groups], 8 at most; the largest scale [B, H].
+    """
+    top = v_scale.amax(dim=-1)
+    return (v_scale / top[..., None]).log2_().add_(8.0), top
 
 
 def _launch(
@@ -59,6 +86,7 @@ def _launch(
     batch, seq_q, heads, head_size = out.shape
     out = rearrange(out, "b s h d -> b h s d")
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=out.device)
+    rows = longest_first(counts).expand(batch, heads, -1)
     indices = indices.expand(batch, heads, -1, -1)
     counts = counts.expand(batch, heads, -1)
     order = scales[-1]
@@ -66,9 +94,9 @@ def _launch(
     query_blocks = counts.shape[2]
     with torch.cuda.device_of(out):
         hopper_forward_kernel[(batch * heads * query_blocks,)](
-            *descriptors, *scales, out, lse, indices, counts,
+            *descriptors, *scales, out, lse, indices, counts, rows,
             0 if order is None or len(order) == 1 else order.stride(0),
-            *out.stride()[:3], *indices.stride(), *counts.stride(),
+            *out.stride()[:3], *indices.stride(), *counts.stride(), *rows.stride()[:2],
             heads, query_blocks, seq_q, seq_k, -(-seq_k // GROUP), head_size, scale,
             ORDERED=order is not None, D=wide, STAGES=3 if wide == 128 else 4, num_warps=4,
         )  # fmt: skip

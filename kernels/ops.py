@@ -185,8 +185,12 @@ def _attend(
 
         return _in_token_order(*host_quantized_attention(codes, *lists, q.dtype), order)
     if backend == "hopper":
-        from sparse_dit.kernels.hopper import hopper_attention as attention
-    elif backend == "triton":
+        from sparse_dit.kernels.hopper import hopper_attention
+
+        if order is not None:
+            q, k, v = (gather_tokens(x, order) for x in (q, k, v))
+        return hopper_attention(q, k, v, indices, counts, order, block_q, block_k, scale)
+    if backend == "triton":
         from sparse_dit.kernels.attention import triton_attention as attention
     else:
         from sparse_dit.kernels.host import host_attention as attention

@@ -306,7 +306,7 @@ def means_constants(fixed: dict[str, Any]) -> dict[str, Any]:
     """Those of `sampled_means_kernel`, from `constants`."""
     names = ("FP8", "ROTATE", "PIECE", "HEAD_SIZE", "PADDED", "PART", "NORM")
     # 16 K elements at once: few steps, each of which waits for memory.
-    return {name: fixed[name] for name in names} | {"STEP": max(SAMPLE * 64 // fixed["PADDED"], 64)}
+    return {name: fixed[name] for name in names} | {"STEP": max(2**14 // fixed["PADDED"], 64)}
 
 
 @lru_cache

@@ -30,7 +30,7 @@ def source(precision: str, head_size: int, block_k: int, ordered: bool) -> Gluon
     if not codes:
         fixed |= dict.fromkeys(("p_q_scale", "p_lse_shift", "p_k_scale"))
     if not fp8:
-        fixed |= dict.fromkeys(("p_v_scale", "p_v_scale_top", "p_v_mean"))
+        fixed |= dict.fromkeys(("p_v_lift", "p_v_scale_top", "p_v_mean"))
     if not ordered:
         fixed["p_order"] = None
     types = {
@@ -41,6 +41,7 @@ def source(precision: str, head_size: int, block_k: int, ordered: bool) -> Gluon
         "p_order": "*i64",
         "p_indices": "*i32",
         "p_counts": "*i32",
+        "p_rows": "*i32",
         "scale": "fp32",
     }
     names = hopper_forward_kernel.arg_names

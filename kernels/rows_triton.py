@@ -1,0 +1,49 @@
+"""Triton: the order in which query blocks are launched, those with the longest lists first.
+
+The last programs of a launch run alone: short ones leave multiprocessors idle for a short time. Names as in
+`attention`.
+"""
+
+# Triton kernel bodies are a language of their own: their arguments carry no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="operator, index"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 64  # query blocks that a program ranks, and compares with at once
+WARPS = 4
+
+
+@triton.jit
+def rank_rows_kernel(p_counts, p_rows, c_batch, c_head, c_row, heads, rows, ROWS: tl.constexpr):
+    """rows[rank of i] = i, the rank being the number of rows with more key blocks, or as many and before i."""
+    i_bh = tl.program_id(1).to(tl.int64)
+    p_counts += i_bh // heads * c_batch + i_bh % heads * c_head
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    b_count = tl.load(p_counts + o_row * c_row, mask=o_row < rows, other=0)
+    b_rank = tl.zeros([ROWS], tl.int32)
+    for start in range(0, rows, ROWS):
+        o_other = start + tl.arange(0, ROWS)
+        b_other = tl.load(p_counts + o_other * c_row, mask=o_other < rows, other=-1)
+        m_before = (b_other[None, :] == b_count[:, None]) & (o_other[None, :] < o_row[:, None])
+        b_rank += tl.sum(((b_other[None, :] > b_count[:, None]) | m_before).to(tl.int32), 1)
+    tl.store(p_rows + i_bh * rows + b_rank, o_row, mask=o_row < rows)
+
+
+def longest_first(counts: Tensor) -> Tensor:
+    """The rows of each list by falling length, equal ones as they stand; nothing waits for the device.
+
+    Args:
+        counts: int32 [B, H, QB].
+
+    Returns:
+        int32 [B, H, QB], row numbers.
+    """
+    batch, heads, rows = counts.shape
+    ranked = torch.empty(batch, heads, rows, dtype=torch.int32, device=counts.device)
+    grid = (triton.cdiv(rows, ROWS), batch * heads)
+    rank_rows_kernel[grid](counts, ranked, *counts.stride(), heads, rows, ROWS=ROWS, num_warps=WARPS)
+    return ranked
