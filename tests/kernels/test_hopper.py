@@ -126,8 +126,9 @@ class TestCuda:
         torch.testing.assert_close(lse.double(), expected_lse, atol=0.1, rtol=0)
         meant_q, meant_k, meant_v = codes.dequantized()
         meant, _ = oracle_attention(meant_q, meant_k, meant_v, mask, 128, 64, scale=0.6931471805599453)
-        # What is left are the roundings of weights and output to bf16, 2^-9 each at most, or of weights to E4M3.
-        assert error(out, meant) <= (0.004 if precision == "int8" else 0.03)
+        # What is left are the roundings of weights and output to bf16, 2^-9 each at most, or of weights to E4M3: evenly
+        # spread below 2^-4 of a weight, where a row is too short to average them out.
+        assert error(out, meant) <= (0.004 if precision == "int8" else 2**-4 / 3**0.5)
 
     @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
     @pytest.mark.parametrize("block_k", [64, 128])
