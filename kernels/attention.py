@@ -208,8 +208,9 @@ def block_sparse_forward_kernel(
 # Warps a program where the list's blocks are smaller than the pinned tile: of 16 x 16 elements, 4 warps load two a
 # thread, and 4 bytes are the least that a pipelined load takes.
 _CUT_WARPS = 4
-# Keys a tile at the ragged end.
-_TAIL_TILE = 32
+# Keys a tile at the ragged end: with 32 or more columns in the second part, those of one step of a matrix product.
+# More steps need more descriptors, and ptxas 12.8 computed one from a register that nothing had written (sm_90).
+_TAIL_TILE, _TAIL_TILE_OF_WIDE_REST = 32, 16
 
 
 def column_split(head_size: int) -> tuple[int, int]:
@@ -247,7 +248,7 @@ def constants(head_size: int, block_q: int, block_k: int, seq_k: int, launch: La
         "BLOCK_K": block_k,
         "TILE_Q": launch.tile_q,
         "TILE_K": launch.tile_k,
-        "TAIL_TILE": min(_TAIL_TILE, block_k),
+        "TAIL_TILE": min(_TAIL_TILE if rest < 32 else _TAIL_TILE_OF_WIDE_REST, block_k),
         "RAGGED_K": seq_k % block_k != 0,
     }
 

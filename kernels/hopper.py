@@ -8,8 +8,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_dit.kernels.attention_hopper import hopper_forward_kernel
+from sparse_dit.kernels.launch_order_triton import longest_first
 from sparse_dit.kernels.quantize import GROUP, LOG2_E, Quantized
-from sparse_dit.kernels.rows_triton import longest_first
 
 _PANEL = 64  # columns of 16 bits that one TMA box takes: 128 bytes, the widest swizzle
 

@@ -11,7 +11,7 @@ from typing import Any
 from offline import architecture_of, report, target_of
 from triton.compiler import ASTSource
 
-from sparse_dit.kernels import lists_triton, mass_triton, pool_triton, rows_triton
+from sparse_dit.kernels import launch_order_triton, lists_triton, mass_triton, pool_triton
 
 POINTERS = {
     "p_order": "*i64",
@@ -72,7 +72,8 @@ def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, An
     fixed = {"PER_HEAD": True, "CHUNK": lists_triton.KTH_CHUNK}
     types = {"p_scores": "*fp32", "p_kth": "*fp32", "p_budget": "*i64"}
     yield lists_triton.kth_kernel, fixed, types, lists_triton.KTH_WARPS, 3
-    yield rows_triton.rank_rows_kernel, {"ROWS": rows_triton.ROWS}, {"p_rows": "*i32"}, rows_triton.WARPS, 3
+    fixed = {"ROWS": launch_order_triton.ROWS}
+    yield launch_order_triton.rank_rows_kernel, fixed, {"p_rows": "*i32"}, launch_order_triton.WARPS, 3
 
 
 def main(target_name: str) -> None:

@@ -8,6 +8,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 import triton
+from sass import unwritten_reads
 from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 
@@ -26,7 +27,7 @@ def architecture_of(target: GPUTarget) -> str:
 
 
 def report(target_name: str, source: Any, options: dict[str, Any]) -> None:
-    """Compiles a kernel and prints a line of JSON, with registers and stack where the target is an NVIDIA one."""
+    """Compiles a kernel and prints a line of JSON, for NVIDIA with registers and stack, for sm_90 with what `sass` says."""
     target = target_of(target_name)
     compiled = triton_compile(source, target=target, options=options)
     binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
@@ -36,7 +37,11 @@ def report(target_name: str, source: Any, options: dict[str, Any]) -> None:
         "binary_bytes": len(binary),
         "shared_memory": compiled.metadata.shared,
     }
-    print(json.dumps(facts | (_resources(binary) if target.backend == "cuda" else {})))
+    if target.backend == "cuda":
+        facts |= _resources(binary)
+    if target.arch == 90:
+        facts["unwritten_reads"] = unwritten_reads(binary)
+    print(json.dumps(facts))
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

@@ -31,9 +31,9 @@ RUNS = (
 
 
 def attention_variants(target: str) -> int:
-    """Four in 16 bits, and with codes, in FP8 too where there is such a unit, all on Hopper and else one a kernel."""
+    """Four in 16 bits, six on Hopper; with codes, FP8 too where there is such a unit, all on Hopper, else one each."""
     fp8 = target.startswith("cuda") and int(target.removeprefix("cuda:")) >= 89
-    return 4 + 2 * 7 if target == "cuda:90" else 4 + (1 + fp8) * 3
+    return 6 + 2 * 8 if target == "cuda:90" else 4 + (1 + fp8) * 3
 
 
 @pytest.mark.parametrize(("program", "targets", "kernels"), RUNS, ids=[f"{run[0]}-{'-'.join(run[1])}" for run in RUNS])
@@ -57,6 +57,7 @@ def test_compiles_for(program, targets, kernels, tmp_path):
             assert kernel["shared_memory"] <= TARGETS[target]
             if target == "cuda:90":
                 assert kernel["stack"] == 0, kernel
+                assert kernel["unwritten_reads"] == [], kernel
         if kernels is ATTENTION:
             assert len(made) == attention_variants(target)
     on_hopper = [kernel for kernel in compiled if kernel["target"] == "cuda:90"]

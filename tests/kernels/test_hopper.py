@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sparse_dit.kernels.backends import HOPPER_HEAD_SIZES, default_backend, hopper_refusal
+from sparse_dit.kernels.launch_order_triton import longest_first
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.kernels.oracle import oracle_attention
 from sparse_dit.kernels.quantize import quantize
-from sparse_dit.kernels.rows_triton import longest_first
 
 # Relative L2 error where nothing averages out, as in short rows (`quantize` has the table).
 ERRORS = {"int8": 0.016, "int8_fp8": 0.041}
