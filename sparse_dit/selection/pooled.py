@@ -20,9 +20,11 @@ from sparse_dit.kernels.lists import PER, threshold_lists, top_k_lists, top_p_li
 from sparse_dit.kernels.pool import block_means, block_similarity
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Order
+from sparse_dit.selection.budgets import SPREADS, by_gain, by_recall
 from sparse_dit.selection.dynamic import Call, Chosen, Dynamic, blocks_of_share, density_of_share
 
 REDUCTIONS = ("max", "logsumexp")
+RICH_ABOVE = 0.8  # recall above which a head's budget may be halved, as in AdaSpa
 # Scores of sub-blocks held at once.
 SCORES = 2**26
 
@@ -44,6 +46,9 @@ class Pooled(Dynamic):
         top_p: mass in [0, 1].
         tau: cutoff in standard deviations of the row's scores.
         per: `row` or `head`, for `density`.
+        spread: for `density` per row, how budgets are spread over the heads of a layer, whose mean stays: `even`, all
+            have the same; `recall`, two levels by the softmax that the budget keeps of the scores (AdaSpa's rule, 0.8);
+            `gain`, those that keep the most of that softmax in all heads together (`budgets.by_gain`).
         crossing: for `top_p`, whether the block that crosses p is computed (NABLA) or not (SpargeAttn).
         least: for `top_p`, share of the key blocks that every row computes at least.
         similarity: blocks whose tokens are less alike than this (mean cosine of all pairs, in [0, 1]) are not judged by
@@ -65,6 +70,7 @@ class Pooled(Dynamic):
     top_p: float | None = None
     tau: float | None = None
     per: str = "row"
+    spread: str = "even"
     crossing: bool = True
     least: float = 0.0
     similarity: float | None = None
@@ -85,6 +91,12 @@ class Pooled(Dynamic):
             ("tau", self.tau is None or math.isfinite(self.tau), "a finite number"),
             ("per", self.per in PER, ", ".join(PER)),
             ("per", self.per == "row" or self.density is not None, "row, unless density is the rule"),
+            ("spread", self.spread in SPREADS, ", ".join(SPREADS)),
+            (
+                "spread",
+                self.spread == "even" or (self.density is not None and self.per == "row"),
+                "even, unless density per row is the rule",
+            ),
             ("least", 0.0 <= self.least <= 1.0, "a number in [0, 1]"),
             ("least", self.least == 0.0 or self.top_p is not None, "0, unless top_p is the rule"),
             ("similarity", self.similarity is None or 0.0 <= self.similarity <= 1.0, "a number in [0, 1]"),
@@ -165,8 +177,16 @@ class Pooled(Dynamic):
                 probabilities, self.top_p, crossing=self.crossing, forced=forced, at_least=least, **sizes
             )
         assert self.density is not None
-        ranked = scores.softmax(dim=-1) if self.per == "head" else scores
-        return top_k_lists(ranked, blocks_of_share(self.density, call.k_blocks), forced=forced, per=self.per, **sizes)
+        base = blocks_of_share(self.density, call.k_blocks)
+        if self.per == "head":
+            return top_k_lists(scores.softmax(dim=-1), base, forced=forced, per="head", **sizes)
+        keep: int | torch.Tensor = base
+        if self.spread == "recall":
+            budgets = by_recall(scores.softmax(dim=-1), base, rich_above=RICH_ABOVE, forced=forced, **sizes)
+            keep = budgets.repeat_interleave(call.q_blocks, dim=-1)
+        elif self.spread == "gain":
+            keep = by_gain(scores.softmax(dim=-1), base, forced=forced).repeat_interleave(call.q_blocks, dim=-1)
+        return top_k_lists(scores, keep, block_q=call.block_q, block_k=call.block_k, forced=forced)
 
 
 def _joined(first: torch.Tensor | None, second: torch.Tensor) -> torch.Tensor:
