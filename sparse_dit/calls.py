@@ -155,6 +155,28 @@ def attend(
     return Attended(whole[0], density, True, backend)
 
 
+def describe(
+    recipe: Recipe, layout: TokenLayout, q: torch.Tensor, *, scale: float, layer: int, step: int, slot: Slot
+) -> Call:
+    """The call as a recipe's dynamic selection is told of it; arguments as `attend`."""
+    assert isinstance(recipe.selection, Dynamic)
+    orders = recipe.selection.orders(layout, layer) or (recipe.order,)
+    return Call(
+        layout=layout,
+        orders=orders,
+        tables=tuple(
+            None if isinstance(order, Clusters) else _table(order, layout, q.shape[1], q.device) for order in orders
+        ),
+        block_q=recipe.block_q,
+        block_k=recipe.block_k,
+        scale=scale,
+        layer=layer,
+        step=step,
+        slot=slot,
+        forced=_forced(layout, recipe.block_q, recipe.block_k, q.device),
+    )
+
+
 def _choose(
     recipe: Recipe,
     layout: TokenLayout,
@@ -170,21 +192,7 @@ def _choose(
     """What a dynamic selection computes, and the whole call (out, lse) if one was needed to know it."""
     selection = recipe.selection
     assert isinstance(selection, Dynamic)
-    orders = selection.orders(layout, layer) or (recipe.order,)
-    call = Call(
-        layout=layout,
-        orders=orders,
-        tables=tuple(
-            None if isinstance(order, Clusters) else _table(order, layout, q.shape[1], q.device) for order in orders
-        ),
-        block_q=recipe.block_q,
-        block_k=recipe.block_k,
-        scale=scale,
-        layer=layer,
-        step=step,
-        slot=slot,
-        forced=_forced(layout, recipe.block_q, recipe.block_k, q.device),
-    )
+    call = describe(recipe, layout, q, scale=scale, layer=layer, step=step, slot=slot)
     if isinstance(recipe.order, Clusters):
         keeps = recipe.schedule.keeps
         chosen = choose_clustered(recipe.order, selection, q, k, v, call, refresh=refresh, keeps=keeps)

@@ -12,21 +12,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange, reduce
 
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import PER, threshold_lists, top_k_lists, top_p_lists
 from sparse_dit.kernels.pool import block_means, block_similarity
+from sparse_dit.kernels.scores import REDUCTIONS, part_scores
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Order
 from sparse_dit.selection.budgets import SPREADS, by_gain, by_recall
 from sparse_dit.selection.dynamic import Call, Chosen, Dynamic, blocks_of_share, density_of_share
 
-REDUCTIONS = ("max", "logsumexp")
 RICH_ABOVE = 0.8  # recall above which a head's budget may be halved, as in AdaSpa
-# Scores of sub-blocks held at once.
-SCORES = 2**26
 
 
 @dataclass(frozen=True)
@@ -139,32 +135,17 @@ class Pooled(Dynamic):
             alike = (k_alike > self.similarity)[..., None, :]
             forced = _joined(forced, ~alike | ~(q_alike > self.similarity)[..., None])
         if self.sub_block is not None:
-            q_means = block_means(q, self.sub_block, order=call.table)
-            k_means = block_means(k, self.sub_block, order=call.table)
-            scores = self._reduced(q_means, k_means, self.sub_block, call)
+            parts = (block_means(x, self.sub_block, order=call.table) for x in (q, k))
+            # On a GPU products are of the model's own 16 bits, as those of attention itself.
+            q_parts, k_parts = (part.to(q.dtype) if q.is_cuda else part for part in parts)
+            per_q, per_k = call.block_q // self.sub_block, call.block_k // self.sub_block
+            scores = part_scores(q_parts, k_parts, per_q, per_k, scale=call.scale, reduction=self.reduction)
         else:
             scores = call.scale * q_means @ k_means.mT
         if alike is not None and self.tau is None:
             # Not -inf: a softmax over nothing else would be NaN. All of those blocks are forced then.
             scores = scores.masked_fill(~alike, torch.finfo(scores.dtype).min)
         return scores, forced
-
-    def _reduced(self, q_parts: torch.Tensor, k_parts: torch.Tensor, part: int, call: Call) -> torch.Tensor:
-        """The scores of blocks from those of their parts, [B, H, parts, D] each, some rows of blocks at a time."""
-        per_q, per_k = call.block_q // part, call.block_k // part
-        beyond = F.pad(torch.zeros(k_parts.shape[2], device=q_parts.device), (0, -k_parts.shape[2] % per_k), value=1.0)
-        k_parts = F.pad(k_parts, (0, 0, 0, -k_parts.shape[2] % per_k))
-        rows = max(1, SCORES // (k_parts[..., 0].numel() * per_q)) * per_q
-        merged = []
-        for some in torch.split(call.scale * q_parts, rows, dim=2):
-            scores = (some @ k_parts.mT).masked_fill(beyond.bool(), -torch.inf)
-            scores = F.pad(scores, (0, 0, 0, -scores.shape[2] % per_q), value=-torch.inf)
-            if self.reduction == "max":
-                merged.append(reduce(scores, "b h (n i) (m j) -> b h n m", "max", i=per_q, j=per_k))
-            else:
-                grouped = rearrange(scores, "b h (n i) (m j) -> b h n m (i j)", i=per_q, j=per_k)
-                merged.append(grouped.logsumexp(dim=-1))
-        return torch.cat(merged, dim=2)
 
     def _lists(self, scores: torch.Tensor, forced: torch.Tensor | None, call: Call) -> BlockList:
         sizes = {"block_q": call.block_q, "block_k": call.block_k}

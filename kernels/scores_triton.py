@@ -1,0 +1,123 @@
+"""Triton: scores of blocks from those of their parts.
+
+Names as in `attention`: `i_` program index, `p_` pointer, `o_` offsets, `m_` mask, `b_` values on chip.
+"""
+
+# Triton kernel bodies are a language of their own: their arguments carry no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="operator, index, attr-defined, no-untyped-call"
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def scores_kernel(
+    p_q,
+    p_k,
+    p_scores,
+    scale,
+    q_parts,
+    k_parts,
+    q_blocks,
+    k_blocks,
+    PER_Q: tl.constexpr,
+    PER_K: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    MAX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of blocks by blocks: a product of the i-th parts with the j-th parts for each pair (i, j).
+
+    So parts of a block never meet in one product, and reducing them exchanges nothing between threads. The factor on
+    the scores holds log2(e): sums run in base 2. The first part of a block always exists, so its maximum is finite.
+    """
+    i_k, i_q, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    p_q += i_bh * q_parts * HEAD_SIZE
+    p_k += i_bh * k_parts * HEAD_SIZE
+    o_q = i_q * TILE_Q + tl.arange(0, TILE_Q)
+    o_k = i_k * TILE_K + tl.arange(0, TILE_K)
+    o_d = tl.arange(0, COLUMNS)
+    m_d = o_d < HEAD_SIZE
+    b_max = tl.full([TILE_Q, TILE_K], float("-inf"), tl.float32)
+    b_sum = tl.zeros([TILE_Q, TILE_K], tl.float32)
+    for i in range(PER_Q):
+        o_row = o_q * PER_Q + i
+        m_row = o_row < q_parts
+        b_q = tl.load(p_q + o_row[:, None] * HEAD_SIZE + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
+        for j in range(PER_K):
+            o_column = o_k * PER_K + j
+            m_column = o_column < k_parts
+            b_k = tl.load(
+                p_k + o_column[None, :] * HEAD_SIZE + o_d[:, None], mask=m_column[None, :] & m_d[:, None], other=0.0
+            )
+            b_score = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+            b_score = tl.where(m_row[:, None] & m_column[None, :], b_score, float("-inf"))
+            b_new = tl.maximum(b_max, b_score)
+            if not MAX:
+                b_sum = b_sum * tl.exp2(b_max - b_new) + tl.exp2(b_score - b_new)
+            b_max = b_new
+    if not MAX:
+        b_max = (b_max + tl.log2(b_sum)) * 0.6931471805599453
+    o_out = i_bh * q_blocks * k_blocks + o_q[:, None].to(tl.int64) * k_blocks + o_k[None, :]
+    tl.store(p_scores + o_out, b_max, mask=(o_q < q_blocks)[:, None] & (o_k < k_blocks)[None, :])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel is launched: blocks of queries and of keys a program, warps a program, tiles loaded ahead."""
+
+    tile_q: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+
+
+def launch_for(head_size: int) -> Launch:
+    """Pinned launch settings: a table, no timing. A tile of queries stays while those of keys pass by."""
+    return Launch(tile_q=64, tile_k=64, num_warps=4, num_stages=2 if head_size > 128 else 3)
+
+
+def constants(
+    head_size: int, per_q: int, per_k: int, launch: Launch, *, reduction: str, dtype: torch.dtype
+) -> dict[str, object]:
+    """The kernel's compile-time arguments."""
+    return {
+        "PER_Q": per_q,
+        "PER_K": per_k,
+        "HEAD_SIZE": head_size,
+        "COLUMNS": triton.next_power_of_2(head_size),
+        "TILE_Q": launch.tile_q,
+        "TILE_K": launch.tile_k,
+        "MAX": reduction == "max",
+        "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
+    }
+
+
+def triton_scores(
+    q: Tensor, k: Tensor, per_q: int, per_k: int, scale: float, reduction: str, launch: Launch | None = None
+) -> Tensor:
+    """The contract of `scores.part_scores`."""
+    q, k = q.contiguous(), k.contiguous()
+    batch, heads, q_parts, head_size = q.shape
+    k_parts = k.shape[2]
+    launch = launch or launch_for(head_size)
+    q_blocks, k_blocks = triton.cdiv(q_parts, per_q), triton.cdiv(k_parts, per_k)
+    scores = torch.empty(batch, heads, q_blocks, k_blocks, dtype=torch.float32, device=q.device)
+    factor = scale if reduction == "max" else scale * math.log2(math.e)
+    fixed = constants(head_size, per_q, per_k, launch, reduction=reduction, dtype=q.dtype)
+    grid = (triton.cdiv(k_blocks, launch.tile_k), triton.cdiv(q_blocks, launch.tile_q), batch * heads)
+    with torch.cuda.device_of(q):
+        scores_kernel[grid](
+            q, k, scores, factor, q_parts, k_parts, q_blocks, k_blocks, **fixed,
+            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return scores
