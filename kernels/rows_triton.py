@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 64
+ROWS, TILE = 64, 64
 WARPS, STAGES = 8, 2
 PROGRAMS = 512  # that a launch aims at, whatever the GPU: enough for four on each multiprocessor of the largest
 MASKED = -1e30  # finite, so that a tile without a key of a mask leaves no NaN
@@ -89,18 +89,13 @@ def rows_kernel(
     tl.store(p_out + o_part[:, None] * HEAD_SIZE + o_d[None, :], b_out, mask=m_r[:, None] & m_d[None, :])
 
 
-def tile_for(head_size: int) -> int:
-    """Keys a program holds at once: what fits its registers beside 64 rows of sums."""
-    return 32 if head_size > 128 else 64
-
-
 def constants(head_size: int, dtype: torch.dtype) -> dict[str, object]:
     """The kernel's compile-time arguments."""
     return {
         "HEAD_SIZE": head_size,
         "COLUMNS": triton.next_power_of_2(head_size),
         "ROWS": ROWS,
-        "TILE": tile_for(head_size),
+        "TILE": TILE,
         "MASKED": MASKED,
         "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
     }
@@ -115,9 +110,8 @@ def triton_rows(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, scale: float) ->
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     batch, heads, rows, head_size = q.shape
     keys, count = k.shape[2], len(masks) + 1
-    tile = tile_for(head_size)
-    spans = min(triton.cdiv(keys, tile), max(1, PROGRAMS // (batch * heads * count)))
-    span = triton.cdiv(triton.cdiv(keys, spans), tile) * tile
+    spans = min(triton.cdiv(keys, TILE), max(1, PROGRAMS // (batch * heads * count)))
+    span = triton.cdiv(triton.cdiv(keys, spans), TILE) * TILE
     spans = triton.cdiv(keys, span)
     out = torch.empty(count, spans, batch * heads, rows, head_size, dtype=torch.float32, device=q.device)
     peak = torch.empty(out.shape[:-1], dtype=torch.float32, device=q.device)

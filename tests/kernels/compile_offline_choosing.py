@@ -17,7 +17,7 @@ from sparse_dit.kernels import rows_triton, scores_triton
 POINTERS = {"p_q": "*bf16", "p_k": "*bf16", "p_v": "*bf16", "p_masks": "*u8", "scale": "fp32"}
 # head size, parts of a query and of a key block, reduction
 SCORES = ((256, 8, 4, "logsumexp"), (128, 8, 4, "logsumexp"), (72, 2, 1, "max"))
-ROWS = (256, 128, 72)
+ROWS = (128, 72)
 
 
 def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
