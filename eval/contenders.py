@@ -181,7 +181,7 @@ def mixture(name: str, density: float, dense_steps: int) -> Recipe:
     """
     order, _, rest = name.partition("-")
     rule, _, skipped = rest.rpartition("-")
-    searches = RULES[rule]["name"] == "mass"
+    searches = searching(name)
     later = [dense_steps, *(dense_steps + step for step in _SEARCHES_AFTER)]
     return Recipe.from_dict(
         {
@@ -196,6 +196,11 @@ def mixture(name: str, density: float, dense_steps: int) -> Recipe:
             "licence": "Apache-2.0",
         }
     )
+
+
+def searching(name: str) -> bool:
+    """Whether a mixture searches block masses, in passes over all keys that no density counts."""
+    return RULES[name.partition("-")[2].rpartition("-")[0]]["name"] == "mass"
 
 
 def mixtures() -> Iterator[str]:
@@ -217,7 +222,7 @@ def at_run_density(name: str, run_density: float, whole_steps: int, steps: int, 
     Returns:
         The recipe, or `None` where so many whole steps leave nothing for the others.
     """
-    searches = RULES[name.split("-", 1)[1].rpartition("-")[0]]["name"] == "mass"
+    searches = searching(name)
     whole = max(whole_steps, 1) if searches else whole_steps
     if whole >= steps:
         return None
@@ -239,4 +244,4 @@ def as_ours(recipe: Recipe) -> Recipe:
 
 def dense_steps_of(steps: int) -> Sequence[int]:
     """The numbers of dense first steps in the table."""
-    return [round(fraction * steps) for fraction in DENSE_FRACTIONS]
+    return sorted({round(fraction * steps) for fraction in DENSE_FRACTIONS})

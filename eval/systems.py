@@ -40,6 +40,7 @@ from sparse_dit.eval.contenders import (
     at_run_density,
     dense_steps_of,
     mixtures,
+    searching,
     small,
     twin,
 )
@@ -155,11 +156,12 @@ class Runs:
         return Sweep(recipes, held_out_prompts(self.prompts), self.files.table), []
 
     def _compare(self) -> tuple[Sweep, list[Callable[[], None]]]:
-        rows = results.load_rows(self.files.table)
-        recipes = equal_recipes(rows, winners(results.load_rows(self.files.search)))
-        masks = {json.dumps(row["recipe"]): row["recipe"] for row in rows if row["recipe"]["precision"] == "native"}
-        tasks: list[Callable[[], None]] = [partial(self._recall, Recipe.from_dict(plain)) for plain in masks.values()]
-        return Sweep(recipes, held_out_prompts(self.prompts), self.files.table), tasks
+        # Nothing here may depend on rows that this stage appends: its shares are cut in several processes.
+        equal = equal_recipes(results.load_rows(self.files.table), winners(results.load_rows(self.files.search)))
+        tabled, _ = self._table()
+        masks = {json.dumps(recipe.to_dict()): recipe for recipe in tabled.recipes if recipe.precision == "native"}
+        tasks: list[Callable[[], None]] = [partial(self._recall, recipe) for recipe in masks.values()]
+        return Sweep(equal, tabled.prompts, self.files.table), tasks
 
     def _recall(self, recipe: Recipe) -> None:
         prompts = knobs.search_prompts(RECALL_PROMPTS)
@@ -187,13 +189,15 @@ def _kept(density: float) -> float:
 
 
 def winners(rows: Iterable[Row]) -> dict[float, str]:
-    """The mixture with the highest mean PSNR in the search, by density.
+    """The mixture with the highest mean PSNR in the search, by density; none that searches masses itself.
+
+    Such a search passes over all keys, which no density counts: at equal run density it would have computed more.
 
     Raises:
         ValueError: there are no rows of a density.
     """
     found: dict[tuple[float, str], list[float]] = defaultdict(list)
-    names = set(mixtures())
+    names = {name for name in mixtures() if not searching(name)}
     for row in rows:
         for density in DENSITIES:
             searched = abs(row["run_density"] - (1 + (STEPS - 1) * _kept(density)) / STEPS) < contest.NEAR
@@ -250,16 +254,15 @@ def our_recipes(found: Mapping[float, str]) -> list[Recipe]:
 def equal_recipes(rows: Iterable[Row], found: Mapping[float, str]) -> list[Recipe]:
     """The mixtures that were found at the run density, and with the whole steps, of every other setting in the rows.
 
-    Precision does not change what is computed: rows in INT8 stand beside ours in the same way. Those that the rows have
-    already are left out, to within `contest.NEAR`.
+    Low precision is compared with native one of the same recipe, not with ours.
     """
-    found_settings = settings(list(rows))
-    ours = [setting for setting in found_settings if contest.is_ours(setting)]
+    others = [
+        row for row in rows if row["recipe"]["precision"] == "native" and row["recipe"]["name"] not in contest.KINDS
+    ]
     recipes = []
-    for setting in found_settings:
-        if not contest.is_ours(setting) and not any(contest.is_equal(setting, other) for other in ours):
-            name = found[contest.near(setting)]
-            recipes += _both(name, contest.run_density(setting), contest.whole_steps(setting))
+    for setting in settings(others):
+        name = found[contest.near(setting)]
+        recipes += _both(name, contest.run_density(setting), contest.whole_steps(setting))
     return list({json.dumps(recipe.to_dict()): recipe for recipe in recipes}.values())
 
 
