@@ -200,7 +200,7 @@ def mixture(name: str, density: float, dense_steps: int) -> Recipe:
 
 def searching(name: str) -> bool:
     """Whether a mixture searches block masses, in passes over all keys that no density counts."""
-    return RULES[name.partition("-")[2].rpartition("-")[0]]["name"] == "mass"
+    return bool(RULES[name.partition("-")[2].rpartition("-")[0]]["name"] == "mass")
 
 
 def mixtures() -> Iterator[str]:

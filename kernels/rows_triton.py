@@ -47,7 +47,7 @@ def rows_kernel(
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One span of keys of one head under one mask, the first of which is none: sums, their maximum and their weight.
+    """One span of keys of one head under one mask: sums, their maximum and their weight.
 
     The masks of a span are worked on by neighbouring programs, so that k and v come from memory once.
     """
@@ -59,7 +59,7 @@ def rows_kernel(
     b_q = tl.load(p_q + o_q, mask=m_r[:, None] & m_d[None, :], other=0.0)
     p_k += i_b * k_batch + i_h * k_head
     p_v += i_b * v_batch + i_h * v_head
-    p_masks += (i_mask.to(tl.int64) - 1) * rows * keys
+    p_masks += i_mask.to(tl.int64) * rows * keys
     b_max = tl.full([ROWS], MASKED, tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     b_out = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -70,9 +70,7 @@ def rows_kernel(
         o_k = o_s.to(tl.int64)
         b_k = tl.load(p_k + o_k[None, :] * k_token + o_d[:, None], mask=m_s[None, :] & m_d[:, None], other=0.0)
         m_seen = m_r[:, None] & m_s[None, :]
-        if i_mask > 0:
-            b_mask = tl.load(p_masks + o_r[:, None].to(tl.int64) * keys + o_s[None, :], mask=m_seen, other=0)
-            m_seen = m_seen & (b_mask != 0)
+        m_seen = tl.load(p_masks + o_r[:, None].to(tl.int64) * keys + o_s[None, :], mask=m_seen, other=0) != 0
         b_score = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
         b_score = tl.where(m_seen, b_score, MASKED)
         b_new = tl.maximum(b_max, tl.max(b_score, 1))
@@ -106,10 +104,11 @@ def triton_rows(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, scale: float) ->
     if q.shape[2] > ROWS:
         parts = zip(q.split(ROWS, dim=2), masks.split(ROWS, dim=1), strict=True)
         return torch.cat([triton_rows(some, k, v, mask, scale) for some, mask in parts], dim=3)
-    q, masks = q.contiguous(), masks.contiguous()
+    # The first mask leaves every key.
+    q, masks = q.contiguous(), torch.cat([torch.ones_like(masks[:1]), masks])
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     batch, heads, rows, head_size = q.shape
-    keys, count = k.shape[2], len(masks) + 1
+    keys, count = k.shape[2], len(masks)
     spans = min(triton.cdiv(keys, TILE), max(1, PROGRAMS // (batch * heads * count)))
     span = triton.cdiv(triton.cdiv(keys, spans), TILE) * TILE
     spans = triton.cdiv(keys, span)

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from sparse_dit.kernels.backends import CUDA_DTYPES, TRITON_HEAD_SIZES
 from sparse_dit.kernels.ops import DTYPES
+from sparse_dit.kernels.pool import block_means
 
 REDUCTIONS = ("max", "logsumexp")
+PARTS = (1, 2, 4, 8, 16, 32, 64)  # tokens of a part that the kernel of `part_means` takes
 # Scores of parts held at once by the torch path.
 SCORES = 2**26
 
@@ -42,6 +44,32 @@ def part_scores(q: Tensor, k: Tensor, per_q: int, per_k: int, *, scale: float, r
 
         return triton_scores(q, k, per_q, per_k, scale, reduction)
     return torch_scores(q, k, per_q, per_k, scale, reduction)
+
+
+def part_means(x: Tensor, part: int, *, order: Tensor | None = None) -> Tensor:
+    """The means of short runs of tokens, in the dtype that `part_scores` multiplies them in.
+
+    Sums run in fp32. As `pool.block_means`, but for parts of a power of two of up to 64 tokens, of which one program
+    takes several. Floor: the bytes of x once.
+
+    Args:
+        x: tokens [B, H, S, D], fp16, bf16 or fp32, any strides.
+        part: tokens a part, at least 1.
+        order: int64 [1 or H, S], the token ids in the order in which they enter parts; None as they stand.
+
+    Returns:
+        [B, H, ceil(S / part), D], on a GPU in the dtype of x, as attention's own products are, else fp32.
+
+    Raises:
+        ValueError: as `pool.block_means`.
+    """
+    if x.is_cuda and x.dtype in CUDA_DTYPES:
+        if part in PARTS:
+            from sparse_dit.kernels.scores_triton import triton_part_means
+
+            return triton_part_means(x, part, order)
+        return block_means(x, part, order=order).to(x.dtype)
+    return block_means(x, part, order=order)
 
 
 def torch_scores(q: Tensor, k: Tensor, per_q: int, per_k: int, scale: float, reduction: str) -> Tensor:

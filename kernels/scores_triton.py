@@ -17,6 +17,16 @@ from torch import Tensor
 
 
 @triton.jit
+def _product(b_q, m_row, p_k, o_column, k_parts, o_d, scale, HEAD_SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores of parts of queries with some parts of keys; -inf where there is no such part."""
+    m_column = o_column < k_parts
+    m_k = m_column[None, :] & (o_d < HEAD_SIZE)[:, None]
+    b_k = tl.load(p_k + o_column[None, :] * HEAD_SIZE + o_d[:, None], mask=m_k, other=0.0)
+    b_score = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+    return tl.where(m_row[:, None] & m_column[None, :], b_score, float("-inf"))
+
+
+@triton.jit
 def scores_kernel(
     p_q,
     p_k,
@@ -53,22 +63,59 @@ def scores_kernel(
         o_row = o_q * PER_Q + i
         m_row = o_row < q_parts
         b_q = tl.load(p_q + o_row[:, None] * HEAD_SIZE + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
-        for j in range(PER_K):
-            o_column = o_k * PER_K + j
-            m_column = o_column < k_parts
-            b_k = tl.load(
-                p_k + o_column[None, :] * HEAD_SIZE + o_d[:, None], mask=m_column[None, :] & m_d[:, None], other=0.0
-            )
-            b_score = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
-            b_score = tl.where(m_row[:, None] & m_column[None, :], b_score, float("-inf"))
-            b_new = tl.maximum(b_max, b_score)
+        # Two at a time: the sums are brought to a new maximum half as often.
+        for j in range(0, PER_K, 2 - PER_K % 2):
+            b_first = _product(b_q, m_row, p_k, o_k * PER_K + j, k_parts, o_d, scale, HEAD_SIZE, PRECISION)
+            b_new = tl.maximum(b_max, b_first)
+            if PER_K % 2 == 0:
+                b_second = _product(b_q, m_row, p_k, o_k * PER_K + j + 1, k_parts, o_d, scale, HEAD_SIZE, PRECISION)
+                b_new = tl.maximum(b_new, b_second)
             if not MAX:
-                b_sum = b_sum * tl.exp2(b_max - b_new) + tl.exp2(b_score - b_new)
+                b_sum = b_sum * tl.exp2(b_max - b_new) + tl.exp2(b_first - b_new)
+                if PER_K % 2 == 0:
+                    b_sum += tl.exp2(b_second - b_new)
             b_max = b_new
     if not MAX:
         b_max = (b_max + tl.log2(b_sum)) * 0.6931471805599453
     o_out = i_bh * q_blocks * k_blocks + o_q[:, None].to(tl.int64) * k_blocks + o_k[None, :]
     tl.store(p_scores + o_out, b_max, mask=(o_q < q_blocks)[:, None] & (o_k < k_blocks)[None, :])
+
+
+@triton.jit
+def parts_kernel(
+    p_x,
+    p_order,
+    p_means,
+    x_batch,
+    x_head,
+    x_token,
+    order_head,
+    tokens,
+    parts,
+    HEAD_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+    ORDERED: tl.constexpr,
+):
+    """Means of the parts of a tile of tokens: parts are short, so that a program has several of them in flight."""
+    i_n, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    o_d = tl.arange(0, COLUMNS)
+    m_d = o_d < HEAD_SIZE
+    o_place = i_n * TILE + tl.arange(0, TILE)
+    m_token = o_place < tokens
+    o_token = o_place.to(tl.int64)
+    if ORDERED:
+        o_token = tl.load(p_order + i_h * order_head + o_place, mask=m_token, other=0)
+    p_x += i_b * x_batch + i_h * x_head
+    m_x = m_token[:, None] & m_d[None, :]
+    b_x = tl.load(p_x + o_token[:, None] * x_token + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
+    b_sum = tl.sum(tl.reshape(b_x, [TILE // PART, PART, COLUMNS]), 1)
+    o_part = i_n * (TILE // PART) + tl.arange(0, TILE // PART)
+    b_count = tl.minimum(tokens - o_part * PART, PART).to(tl.float32)
+    o_out = ((i_b * tl.num_programs(1) + i_h) * parts + o_part)[:, None] * HEAD_SIZE + o_d[None, :]
+    b_mean = b_sum / tl.maximum(b_count, 1.0)[:, None]
+    tl.store(p_means + o_out, b_mean.to(p_means.dtype.element_ty), mask=(o_part < parts)[:, None] & m_d[None, :])
 
 
 @dataclass(frozen=True)
@@ -83,7 +130,7 @@ class Launch:
 
 def launch_for(head_size: int) -> Launch:
     """Pinned launch settings: a table, no timing. A tile of queries stays while those of keys pass by."""
-    return Launch(tile_q=64, tile_k=64, num_warps=4, num_stages=2 if head_size > 128 else 3)
+    return Launch(tile_q=64, tile_k=64, num_warps=8, num_stages=2 if head_size > 128 else 3)
 
 
 def constants(
@@ -121,3 +168,29 @@ def triton_scores(
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return scores
+
+
+PART_TILE = 64  # tokens a program of parts_kernel holds
+
+
+def part_constants(head_size: int, part: int, *, ordered: bool) -> dict[str, object]:
+    """The compile-time arguments of parts_kernel."""
+    columns = triton.next_power_of_2(head_size)
+    return {"HEAD_SIZE": head_size, "COLUMNS": columns, "PART": part, "TILE": PART_TILE, "ORDERED": ordered}
+
+
+def triton_part_means(x: Tensor, part: int, order: Tensor | None) -> Tensor:
+    """The contract of `scores.part_means` for parts of a power of two of up to `PART_TILE` tokens."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    batch, heads, tokens, head_size = x.shape
+    if order is not None:
+        order = order.contiguous().expand(heads, -1)
+    parts = triton.cdiv(tokens, part)
+    means = torch.empty(batch, heads, parts, head_size, dtype=x.dtype, device=x.device)
+    fixed = part_constants(head_size, part, ordered=order is not None)
+    with torch.cuda.device_of(x):
+        parts_kernel[(triton.cdiv(tokens, PART_TILE), heads, batch)](
+            x, order, means, *x.stride()[:3], 0 if order is None else order.stride(0), tokens, parts, **fixed,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return means

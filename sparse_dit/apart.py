@@ -85,8 +85,8 @@ def choose_clustered(
         tables = call.slot["q_order"].long(), call.slot["k_order"].long()
         return selection.recall(call)._replace(table=tables[0], key_table=tables[1])
     tables = order.tables(q, k, call.layout, call.slot)
-    q, k, v = (gather_tokens(_folded(x), table) for x, table in zip((q, k, v), (*tables, tables[1]), strict=True))
-    chosen = selection.choose(q, k, v, call)
+    q, k = (gather_tokens(_folded(x), table) for x, table in zip((q, k), tables, strict=True))
+    chosen = selection.choose(q, k, k, call)  # by queries and keys alone: values are not brought into their order
     assert chosen is not None
     if keeps:
         selection.keep(chosen, call)

@@ -232,4 +232,4 @@ def measured_density(blocks: BlockList, length: int) -> torch.Tensor:
     width = blocks.counts.double() * blocks.block_k - (last == key_blocks - 1) * (key_blocks * blocks.block_k - length)
     height = torch.full(width.shape[-1:], blocks.block_q, dtype=torch.float64, device=width.device)
     height[-1] -= len(height) * blocks.block_q - length
-    return (width @ height).mean() / length**2
+    return (width * height).sum(dim=-1).mean() / length**2

@@ -16,7 +16,7 @@ import torch
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import PER, threshold_lists, top_k_lists, top_p_lists
 from sparse_dit.kernels.pool import block_means, block_similarity
-from sparse_dit.kernels.scores import REDUCTIONS, part_scores
+from sparse_dit.kernels.scores import REDUCTIONS, part_means, part_scores
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Order
 from sparse_dit.selection.budgets import SPREADS, by_gain, by_recall
@@ -135,9 +135,7 @@ class Pooled(Dynamic):
             alike = (k_alike > self.similarity)[..., None, :]
             forced = _joined(forced, ~alike | ~(q_alike > self.similarity)[..., None])
         if self.sub_block is not None:
-            parts = (block_means(x, self.sub_block, order=call.table) for x in (q, k))
-            # On a GPU products are of the model's own 16 bits, as those of attention itself.
-            q_parts, k_parts = (part.to(q.dtype) if q.is_cuda else part for part in parts)
+            q_parts, k_parts = (part_means(x, self.sub_block, order=call.table) for x in (q, k))
             per_q, per_k = call.block_q // self.sub_block, call.block_k // self.sub_block
             scores = part_scores(q_parts, k_parts, per_q, per_k, scale=call.scale, reduction=self.reduction)
         else:

@@ -14,10 +14,21 @@ from triton.compiler import ASTSource
 
 from sparse_dit.kernels import rows_triton, scores_triton
 
-POINTERS = {"p_q": "*bf16", "p_k": "*bf16", "p_v": "*bf16", "p_masks": "*u8", "scale": "fp32"}
+POINTERS = {
+    "p_q": "*bf16",
+    "p_k": "*bf16",
+    "p_v": "*bf16",
+    "p_masks": "*u8",
+    "p_order": "*i64",
+    "p_x": "*bf16",
+    "p_means": "*bf16",
+    "scale": "fp32",
+}
 # head size, parts of a query and of a key block, reduction
 SCORES = ((256, 8, 4, "logsumexp"), (128, 8, 4, "logsumexp"), (72, 2, 1, "max"))
 ROWS = (128, 72)
+# head size, tokens a part, whether in an order
+PARTS = ((72, 4, True), (128, 16, True), (256, 64, False))
 
 
 def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
@@ -27,6 +38,11 @@ def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
         launch = scores_triton.launch_for(head_size)
         fixed = scores_triton.constants(head_size, per_q, per_k, launch, reduction=reduction, dtype=torch.bfloat16)
         yield scores_triton.scores_kernel, fixed, launch.num_warps, launch.num_stages
+    for head_size, part, ordered in PARTS[:last]:
+        fixed = scores_triton.part_constants(head_size, part, ordered=ordered)
+        if not ordered:
+            fixed |= {"p_order": None}
+        yield scores_triton.parts_kernel, fixed, 4, 3
     for head_size in ROWS[:last]:
         fixed = rows_triton.constants(head_size, torch.bfloat16)
         yield rows_triton.rows_kernel, fixed, rows_triton.WARPS, rows_triton.STAGES

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from sparse_dit.kernels import rows, scores
+from sparse_dit.kernels.gather import gather_tokens
 from sparse_dit.kernels.rows import rows_under_masks, torch_rows
 from sparse_dit.kernels.rows_triton import triton_rows
 from sparse_dit.kernels.scores import part_scores, torch_scores
-from sparse_dit.kernels.scores_triton import Launch, triton_scores
+from sparse_dit.kernels.scores_triton import Launch, triton_part_means, triton_scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A product of D terms in fp32, each rounded to 2^-24 of a sum of up to D times their size; inputs are exact.
@@ -57,6 +58,18 @@ def test_scores_are_those_of_all_pairs_of_parts(
     assert found.shape == (2, 3, math.ceil(q_parts / per_q), math.ceil(k_parts / per_k))
     # |product| stays below head_size * 4 * 4; the sums of exponentials of at most 32 terms add their own rounding.
     torch.testing.assert_close(found.double(), exact, atol=(16 * head_size**0.5 + 32) * EPSILON, rtol=0)
+
+
+@pytest.mark.parametrize("ordered", [None, 1, 3])
+@pytest.mark.parametrize(("tokens", "part", "head_size"), [(203, 16, 72), (64, 4, 64), (5, 8, 64), (130, 64, 96)])
+def test_part_means_are_those_of_runs_of_the_order(tokens: int, part: int, head_size: int, ordered: int | None) -> None:
+    x = drawn(2, tokens, 3, head_size).transpose(1, 2)
+    order = None if ordered is None else torch.stack([torch.randperm(tokens) for _ in range(ordered)]).to(DEVICE)
+    found = triton_part_means(x, part, order)
+    in_order = x if order is None else gather_tokens(x, order)
+    exact = torch.stack([run.double().mean(dim=2) for run in in_order.split(part, dim=2)], dim=2)
+    assert found.dtype is x.dtype
+    torch.testing.assert_close(found.double(), exact, atol=0, rtol=2**-10)  # one rounding to 16 bits of small sums
 
 
 def test_the_torch_path_gives_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
