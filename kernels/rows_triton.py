@@ -36,6 +36,7 @@ def rows_kernel(
     v_batch,
     v_head,
     v_token,
+    mask_row,
     heads,
     rows,
     keys,
@@ -59,7 +60,7 @@ def rows_kernel(
     b_q = tl.load(p_q + o_q, mask=m_r[:, None] & m_d[None, :], other=0.0)
     p_k += i_b * k_batch + i_h * k_head
     p_v += i_b * v_batch + i_h * v_head
-    p_masks += i_mask.to(tl.int64) * rows * keys
+    p_masks += i_mask.to(tl.int64) * rows * mask_row
     b_max = tl.full([ROWS], MASKED, tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     b_out = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -70,7 +71,7 @@ def rows_kernel(
         o_k = o_s.to(tl.int64)
         b_k = tl.load(p_k + o_k[None, :] * k_token + o_d[:, None], mask=m_s[None, :] & m_d[:, None], other=0.0)
         m_seen = m_r[:, None] & m_s[None, :]
-        m_seen = tl.load(p_masks + o_r[:, None].to(tl.int64) * keys + o_s[None, :], mask=m_seen, other=0) != 0
+        m_seen = tl.load(p_masks + o_r[:, None].to(tl.int64) * mask_row + o_s[None, :], mask=m_seen, other=0) != 0
         b_score = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
         b_score = tl.where(m_seen, b_score, MASKED)
         b_new = tl.maximum(b_max, tl.max(b_score, 1))
@@ -104,8 +105,10 @@ def triton_rows(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, scale: float) ->
     if q.shape[2] > ROWS:
         parts = zip(q.split(ROWS, dim=2), masks.split(ROWS, dim=1), strict=True)
         return torch.cat([triton_rows(some, k, v, mask, scale) for some, mask in parts], dim=3)
-    # The first mask leaves every key.
-    q, masks = q.contiguous(), torch.cat([torch.ones_like(masks[:1]), masks])
+    # The first mask leaves every key. Rows that begin at multiples of 16 bytes are loaded by the piece.
+    given, q = masks, q.contiguous()
+    masks = given.new_empty(len(given) + 1, *given.shape[1:-1], triton.cdiv(given.shape[-1], 16) * 16)
+    masks[0], masks[1:, :, : given.shape[-1]] = True, given
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     batch, heads, rows, head_size = q.shape
     keys, count = k.shape[2], len(masks)
@@ -119,7 +122,7 @@ def triton_rows(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, scale: float) ->
     with torch.cuda.device_of(q):
         rows_kernel[(count, spans, batch * heads)](
             q, k, v, masks.view(torch.uint8), out, peak, weight, scale * math.log2(math.e),
-            *k.stride()[:3], *v.stride()[:3], heads, rows, keys, span, **fixed,
+            *k.stride()[:3], *v.stride()[:3], masks.stride(1), heads, rows, keys, span, **fixed,
             num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=True,
         )  # fmt: skip
     share = (peak - peak.amax(dim=1, keepdim=True)).exp2()

@@ -50,7 +50,7 @@ def part_means(x: Tensor, part: int, *, order: Tensor | None = None) -> Tensor:
     """The means of short runs of tokens, in the dtype that `part_scores` multiplies them in.
 
     Sums run in fp32. As `pool.block_means`, but for parts of a power of two of up to 64 tokens, of which one program
-    takes several. Floor: the bytes of x once.
+    takes sixteen. Floor: the bytes of x once.
 
     Args:
         x: tokens [B, H, S, D], fp16, bf16 or fp32, any strides.

@@ -63,17 +63,11 @@ def scores_kernel(
         o_row = o_q * PER_Q + i
         m_row = o_row < q_parts
         b_q = tl.load(p_q + o_row[:, None] * HEAD_SIZE + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
-        # Two at a time: the sums are brought to a new maximum half as often.
-        for j in range(0, PER_K, 2 - PER_K % 2):
-            b_first = _product(b_q, m_row, p_k, o_k * PER_K + j, k_parts, o_d, scale, HEAD_SIZE, PRECISION)
-            b_new = tl.maximum(b_max, b_first)
-            if PER_K % 2 == 0:
-                b_second = _product(b_q, m_row, p_k, o_k * PER_K + j + 1, k_parts, o_d, scale, HEAD_SIZE, PRECISION)
-                b_new = tl.maximum(b_new, b_second)
+        for j in range(PER_K):
+            b_score = _product(b_q, m_row, p_k, o_k * PER_K + j, k_parts, o_d, scale, HEAD_SIZE, PRECISION)
+            b_new = tl.maximum(b_max, b_score)
             if not MAX:
-                b_sum = b_sum * tl.exp2(b_max - b_new) + tl.exp2(b_first - b_new)
-                if PER_K % 2 == 0:
-                    b_sum += tl.exp2(b_second - b_new)
+                b_sum = b_sum * tl.exp2(b_max - b_new) + tl.exp2(b_score - b_new)
             b_max = b_new
     if not MAX:
         b_max = (b_max + tl.log2(b_sum)) * 0.6931471805599453
@@ -95,26 +89,35 @@ def parts_kernel(
     HEAD_SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
     PART: tl.constexpr,
+    PARTS: tl.constexpr,
     TILE: tl.constexpr,
     ORDERED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Means of the parts of a tile of tokens: parts are short, so that a program has several of them in flight."""
+    """Means of PARTS parts of PART tokens, by products of a matrix of ones with tiles of tokens, summed in fp32.
+
+    So a program has a whole tile in flight however short the parts are, and no sum crosses threads.
+    """
     i_n, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    o_d = tl.arange(0, COLUMNS)
+    o_d, o_part = tl.arange(0, COLUMNS), tl.arange(0, PARTS)
     m_d = o_d < HEAD_SIZE
-    o_place = i_n * TILE + tl.arange(0, TILE)
-    m_token = o_place < tokens
-    o_token = o_place.to(tl.int64)
-    if ORDERED:
-        o_token = tl.load(p_order + i_h * order_head + o_place, mask=m_token, other=0)
     p_x += i_b * x_batch + i_h * x_head
-    m_x = m_token[:, None] & m_d[None, :]
-    b_x = tl.load(p_x + o_token[:, None] * x_token + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
-    b_sum = tl.sum(tl.reshape(b_x, [TILE // PART, PART, COLUMNS]), 1)
-    o_part = i_n * (TILE // PART) + tl.arange(0, TILE // PART)
+    b_sum = tl.zeros([PARTS, COLUMNS], tl.float32)
+    for start in range(0, PARTS * PART, TILE):
+        o_own = start + tl.arange(0, TILE)
+        o_place = i_n * PARTS * PART + o_own
+        m_token = o_place < tokens
+        o_token = o_place.to(tl.int64)
+        if ORDERED:
+            o_token = tl.load(p_order + i_h * order_head + o_place, mask=m_token, other=0)
+        m_x = m_token[:, None] & m_d[None, :]
+        b_x = tl.load(p_x + o_token[:, None] * x_token + o_d[None, :], mask=m_x, other=0.0)
+        b_ones = (o_own[None, :] // PART == o_part[:, None]).to(b_x.dtype)
+        b_sum = tl.dot(b_ones, b_x, b_sum, input_precision=PRECISION)
+    o_part += i_n * PARTS
     b_count = tl.minimum(tokens - o_part * PART, PART).to(tl.float32)
-    o_out = ((i_b * tl.num_programs(1) + i_h) * parts + o_part)[:, None] * HEAD_SIZE + o_d[None, :]
     b_mean = b_sum / tl.maximum(b_count, 1.0)[:, None]
+    o_out = ((i_b * tl.num_programs(1) + i_h) * parts + o_part)[:, None] * HEAD_SIZE + o_d[None, :]
     tl.store(p_means + o_out, b_mean.to(p_means.dtype.element_ty), mask=(o_part < parts)[:, None] & m_d[None, :])
 
 
@@ -130,7 +133,7 @@ class Launch:
 
 def launch_for(head_size: int) -> Launch:
     """Pinned launch settings: a table, no timing. A tile of queries stays while those of keys pass by."""
-    return Launch(tile_q=64, tile_k=64, num_warps=8, num_stages=2 if head_size > 128 else 3)
+    return Launch(tile_q=64, tile_k=64, num_warps=8 if head_size > 128 else 4, num_stages=2)
 
 
 def constants(
@@ -170,27 +173,34 @@ def triton_scores(
     return scores
 
 
-PART_TILE = 64  # tokens a program of parts_kernel holds
+PARTS, PART_TILE = 16, 64  # parts a program of parts_kernel makes, tokens it holds at once
 
 
-def part_constants(head_size: int, part: int, *, ordered: bool) -> dict[str, object]:
+def part_constants(head_size: int, part: int, *, ordered: bool, dtype: torch.dtype) -> dict[str, object]:
     """The compile-time arguments of parts_kernel."""
-    columns = triton.next_power_of_2(head_size)
-    return {"HEAD_SIZE": head_size, "COLUMNS": columns, "PART": part, "TILE": PART_TILE, "ORDERED": ordered}
+    return {
+        "HEAD_SIZE": head_size,
+        "COLUMNS": triton.next_power_of_2(head_size),
+        "PART": part,
+        "PARTS": PARTS,
+        "TILE": min(PART_TILE, PARTS * part),
+        "ORDERED": ordered,
+        "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
+    }
 
 
 def triton_part_means(x: Tensor, part: int, order: Tensor | None) -> Tensor:
-    """The contract of `scores.part_means` for parts of a power of two of up to `PART_TILE` tokens."""
+    """The contract of `scores.part_means` for parts of a power of two of tokens."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, tokens, head_size = x.shape
     if order is not None:
         order = order.contiguous().expand(heads, -1)
     parts = triton.cdiv(tokens, part)
     means = torch.empty(batch, heads, parts, head_size, dtype=x.dtype, device=x.device)
-    fixed = part_constants(head_size, part, ordered=order is not None)
+    fixed = part_constants(head_size, part, ordered=order is not None, dtype=x.dtype)
     with torch.cuda.device_of(x):
-        parts_kernel[(triton.cdiv(tokens, PART_TILE), heads, batch)](
+        parts_kernel[(triton.cdiv(parts, PARTS), heads, batch)](
             x, order, means, *x.stride()[:3], 0 if order is None else order.stride(0), tokens, parts, **fixed,
-            num_warps=4, enable_fp_fusion=True,
+            num_warps=4, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
     return means

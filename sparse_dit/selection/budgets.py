@@ -28,7 +28,7 @@ def by_recall(
         base: blocks a row, the mean over heads.
         rich_above: recall above which a head's budget may be halved.
         block_q, block_k: tokens of a block.
-        forced: bool [1, 1, QB, KB], blocks that are computed on top.
+        forced: bool, as `top_k_lists` takes it, blocks that are computed on top.
 
     Returns:
         Blocks a row, int64 [B, H, 1].
@@ -48,27 +48,27 @@ def by_recall(
     return budgets[..., None]
 
 
-def by_gain(mass: torch.Tensor, base: int, *, forced: torch.Tensor | None = None) -> torch.Tensor:
+def by_gain(scores: torch.Tensor, base: int, *, forced: torch.Tensor | None = None) -> torch.Tensor:
     """The budgets that keep the most mass in all heads together, every row of a head alike.
 
-    A head's k-th block is worth the mean over rows of their k-th largest mass; the H base blocks of highest worth are
+    A head's k-th block is worth the mean over rows (up to 128 of them) of their k-th largest mass; the H base blocks of highest worth are
     taken, and the first of every head.
 
     Args:
-        mass: of blocks, fp32 [B, H, QB, KB], in shares of a row.
+        scores: of blocks, fp32 [B, H, QB, KB]; a row's masses are its softmax.
         base: blocks a row, the mean over heads.
-        forced: bool [1, 1, QB, KB], blocks that are computed on top.
+        forced: bool, as `top_k_lists` takes it, blocks that are computed on top.
 
     Returns:
         Blocks a row, int64 [B, H, 1].
     """
-    batch, heads, rows, k_blocks = mass.shape
+    batch, heads, rows, k_blocks = scores.shape
     step = -(-rows // ROWS)
-    looked_at = mass[:, :, ::step]
+    looked_at = scores[:, :, ::step].softmax(dim=-1)
     if forced is not None:
         looked_at = looked_at.masked_fill(forced[:, :, ::step], 0.0)
     worth = looked_at.sort(dim=-1, descending=True).values.mean(dim=2)
     worth[..., 0] = torch.inf
     taken = worth.flatten(1).topk(heads * base, dim=-1, sorted=False).indices // k_blocks
-    budgets = torch.zeros(batch, heads, dtype=torch.int64, device=mass.device)
+    budgets = torch.zeros(batch, heads, dtype=torch.int64, device=scores.device)
     return budgets.scatter_add_(1, taken, torch.ones_like(taken))[..., None]

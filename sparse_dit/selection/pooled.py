@@ -164,7 +164,7 @@ class Pooled(Dynamic):
             budgets = by_recall(scores.softmax(dim=-1), base, rich_above=RICH_ABOVE, forced=forced, **sizes)
             keep = budgets.repeat_interleave(call.q_blocks, dim=-1)
         elif self.spread == "gain":
-            keep = by_gain(scores.softmax(dim=-1), base, forced=forced).repeat_interleave(call.q_blocks, dim=-1)
+            keep = by_gain(scores, base, forced=forced).repeat_interleave(call.q_blocks, dim=-1)
         return top_k_lists(scores, keep, block_q=call.block_q, block_k=call.block_k, forced=forced)
 
 

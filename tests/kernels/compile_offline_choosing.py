@@ -39,10 +39,10 @@ def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
         fixed = scores_triton.constants(head_size, per_q, per_k, launch, reduction=reduction, dtype=torch.bfloat16)
         yield scores_triton.scores_kernel, fixed, launch.num_warps, launch.num_stages
     for head_size, part, ordered in PARTS[:last]:
-        fixed = scores_triton.part_constants(head_size, part, ordered=ordered)
+        fixed = scores_triton.part_constants(head_size, part, ordered=ordered, dtype=torch.bfloat16)
         if not ordered:
             fixed |= {"p_order": None}
-        yield scores_triton.parts_kernel, fixed, 4, 3
+        yield scores_triton.parts_kernel, fixed, 4, 2
     for head_size in ROWS[:last]:
         fixed = rows_triton.constants(head_size, torch.bfloat16)
         yield rows_triton.rows_kernel, fixed, rows_triton.WARPS, rows_triton.STAGES

@@ -28,7 +28,7 @@ def kept(mass: torch.Tensor, budgets: tuple[int, ...]) -> float:
 
 def test_no_other_budgets_of_the_same_sum_keep_more() -> None:
     mass = masses(12.0, 4.0, 0.5)
-    budgets = tuple(by_gain(mass, 3)[0, :, 0].tolist())
+    budgets = tuple(by_gain(mass.log(), 3)[0, :, 0].tolist())
     assert sum(budgets) == 9
     assert budgets[0] < budgets[2]
     every = (split for split in itertools.product(range(1, 13), repeat=3) if sum(split) == 9)
@@ -37,9 +37,9 @@ def test_no_other_budgets_of_the_same_sum_keep_more() -> None:
 
 def test_every_head_has_a_block_and_the_whole_budget_is_everything() -> None:
     mass = masses(50.0, 0.1, 0.1, 0.1)
-    assert by_gain(mass, 1).flatten().tolist() == [1, 1, 1, 1]
-    assert by_gain(mass, 12).flatten().tolist() == [12] * 4
-    assert by_gain(mass.expand(2, -1, -1, -1), 5).sum(dim=1).flatten().tolist() == [20, 20]
+    assert by_gain(mass.log(), 1).flatten().tolist() == [1, 1, 1, 1]
+    assert by_gain(mass.log(), 12).flatten().tolist() == [12] * 4
+    assert by_gain(mass.log().expand(2, -1, -1, -1), 5).sum(dim=1).flatten().tolist() == [20, 20]
 
 
 def test_forced_blocks_are_worth_nothing() -> None:
@@ -48,8 +48,8 @@ def test_forced_blocks_are_worth_nothing() -> None:
     mass[:, 1, :, 2:5] = 0.1
     forced = torch.zeros(1, 1, 4, 6, dtype=torch.bool)
     forced[..., :2] = True
-    assert by_gain(mass, 2).flatten().tolist() == [2, 2]
-    assert by_gain(mass, 2, forced=forced).flatten().tolist() == [1, 3]
+    assert by_gain(mass.log(), 2).flatten().tolist() == [2, 2]
+    assert by_gain(mass.log(), 2, forced=forced).flatten().tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("spread", ["recall", "gain"])
@@ -86,6 +86,6 @@ def test_a_spread_needs_a_density_a_row() -> None:
 
 def test_lists_take_budgets_of_heads() -> None:
     mass = masses(9.0, 0.1)
-    budgets = by_gain(mass, 4)
+    budgets = by_gain(mass.log(), 4)
     lists = top_k_lists(mass, budgets.repeat_interleave(12, dim=-1), block_q=16, block_k=16)
     assert torch.equal(lists.counts.long(), budgets.expand(-1, -1, 12))
