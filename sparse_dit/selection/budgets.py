@@ -51,8 +51,8 @@ def by_recall(
 def by_gain(scores: torch.Tensor, base: int, *, forced: torch.Tensor | None = None) -> torch.Tensor:
     """The budgets that keep the most mass in all heads together, every row of a head alike.
 
-    A head's k-th block is worth the mean over rows (up to 128 of them) of their k-th largest mass; the H base blocks of highest worth are
-    taken, and the first of every head.
+    A head's k-th block is worth the mean over rows (up to 128 of them) of their k-th largest mass. The H base blocks of
+    highest worth are taken, and the first of every head.
 
     Args:
         scores: of blocks, fp32 [B, H, QB, KB]; a row's masses are its softmax.
