@@ -19,18 +19,22 @@ HOPPER_BLOCK_K = (32, 64, 128)
 GLUON_VERSIONS = ((3, 6), (3, 10))
 
 
-def default_backend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision: str) -> str:
+def default_backend(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision: str, pv_threshold: float | None = None
+) -> str:
     """The backend that None stands for: the fastest that takes the call."""
     if not q.is_cuda or q.dtype not in CUDA_DTYPES:
         return "host"
-    return "triton" if hopper_refusal(q, k, v, blocks, precision) else "hopper"
+    return "triton" if hopper_refusal(q, k, v, blocks, precision, pv_threshold) else "hopper"
 
 
-def told_backend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision: str) -> str:
+def told_backend(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision: str, pv_threshold: float | None = None
+) -> str:
     """`default_backend` as summaries print it: on a Hopper GPU with why the kernel made for it is not the one."""
     if not q.is_cuda or q.dtype not in CUDA_DTYPES:
         return "host"
-    reason = hopper_refusal(q, k, v, blocks, precision)
+    reason = hopper_refusal(q, k, v, blocks, precision, pv_threshold)
     if reason is None:
         return "hopper"
     return f"triton ({reason})" if is_hopper(q.device) else "triton"
@@ -41,13 +45,21 @@ def is_hopper(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def chosen_backend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision: str, backend: str | None) -> str:
+def chosen_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockList,
+    precision: str,
+    backend: str | None,
+    pv_threshold: float | None = None,
+) -> str:
     """The backend asked for, or `default_backend` for None.
 
     Raises:
         ValueError: it is unknown, or cannot compute the call.
     """
-    chosen = default_backend(q, k, v, blocks, precision) if backend is None else backend
+    chosen = default_backend(q, k, v, blocks, precision, pv_threshold) if backend is None else backend
     if chosen not in BACKENDS:
         raise ValueError(f"backend: {backend!r}; valid: one of {BACKENDS}, or None to choose by device and dtype")
     if chosen == "host":
@@ -55,7 +67,7 @@ def chosen_backend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision
     if q.is_cuda and q.dtype not in CUDA_DTYPES:
         raise ValueError(f"q: {q.dtype}; valid for backend {chosen!r} on CUDA: one of {CUDA_DTYPES}")
     if chosen == "hopper":
-        if reason := hopper_refusal(q, k, v, blocks, precision):
+        if reason := hopper_refusal(q, k, v, blocks, precision, pv_threshold):
             raise ValueError(f"backend: 'hopper', but {reason}; valid: 'triton', or None to choose")
         return chosen
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -79,7 +91,9 @@ def _check_fp8(q: Tensor, precision: str) -> None:
         )
 
 
-def hopper_refusal(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision: str) -> str | None:
+def hopper_refusal(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision: str, pv_threshold: float | None = None
+) -> str | None:
     """Why the Hopper kernel cannot take a call, or None where it can."""
     if not q.is_cuda or q.dtype not in CUDA_DTYPES:
         return f"q is {q.dtype} on {q.device}"
@@ -87,6 +101,8 @@ def hopper_refusal(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision
         return f"{torch.cuda.get_device_name(q.device)} is no Hopper GPU"
     if q.shape[-1] not in HOPPER_HEAD_SIZES:
         return f"head size {q.shape[-1]} is not one of {HOPPER_HEAD_SIZES}"
+    if pv_threshold is not None:
+        return "it leaves no value products out (pv_threshold)"
     if precision == "int8_fp8":
         # Measured: an error of 0.04 at 26 tiles of 128 keys, 0.32 at 256, 2.4 at 929. The portable kernel adds tiles in
         # fp32 and stays at 0.04: the matrix unit keeps too few bits of a sum that it goes on adding to.

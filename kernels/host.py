@@ -5,12 +5,12 @@ one batched call, over keys gathered for that call alone. Heads that share a lis
 """
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from weakref import ReferenceType, ref
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -47,7 +47,15 @@ _plans: MutableMapping[Tensor, _Plan] = WeakTensorKeyDictionary()
 
 
 def host_attention(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_q: int, block_k: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The contract of `ops.block_sparse_attention`, arguments already checked."""
     batch, heads, seq_q, head_size = q.shape
@@ -56,6 +64,9 @@ def host_attention(
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device)
     plan = _plan(indices, counts, -(-seq_k // block_k), seq_k % block_k != 0)
     cut = {"lh": indices.shape[1]}
+    attend = _fused_attention if q.device.type == "cpu" else _explicit_attention
+    if pv_threshold is not None:
+        attend = partial(_skipping_attention, block_q=block_q, block_k=block_k, pv_threshold=pv_threshold)
     for entry in range(batch):
         # One batch entry at a time: as most models lay out memory its blocks are then views, cut without a copy.
         q_blocks, k_blocks, v_blocks = (
@@ -63,37 +74,48 @@ def host_attention(
             for x, block in ((q, block_q), (k, block_k), (v, block_k))
         )
         groups = plan.groups[entry % len(plan.groups)]
-        out_blocks, lse_blocks = _attend_groups(q_blocks, k_blocks, v_blocks, groups, -seq_k % block_k, scale)
+        out_blocks, lse_blocks = _attend_groups(q_blocks, k_blocks, v_blocks, groups, -seq_k % block_k, scale, attend)
         out[entry] = rearrange(out_blocks, "(lh n) i sh d -> (n i) (lh sh) d", **cut)[:seq_q]
         lse[entry] = rearrange(lse_blocks, "(lh n) i sh -> (lh sh) (n i)", **cut)[:, :seq_q]
     return rearrange(out, "b s h d -> b h s d"), lse
 
 
 def host_quantized_attention(
-    codes: Quantized, indices: Tensor, counts: Tensor, block_q: int, block_k: int, dtype: torch.dtype
+    codes: Quantized,
+    indices: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    dtype: torch.dtype,
+    pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention on what the codes stand for, in fp32: out in `dtype`, in the codes' order. Not faster, equally rounded.
 
     Only the rounding of the weights to the dtype of v is left out.
     """
     q, k, v = codes.dequantized()
-    out, lse = host_attention(q, k, v, indices, counts, block_q, block_k, math.log(2))
+    out, lse = host_attention(q, k, v, indices, counts, block_q, block_k, math.log(2), pv_threshold)
     return out.to(dtype), lse.add_(codes.lse_shift)
 
 
 def _attend_groups(
-    q_blocks: Tensor, k_blocks: Tensor, v_blocks: Tensor, groups: list[_Group], missing: int, scale: float
+    q_blocks: Tensor,
+    k_blocks: Tensor,
+    v_blocks: Tensor,
+    groups: list[_Group],
+    missing: int,
+    scale: float,
+    attend: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     """Blocks [blocks, tokens, heads, D] -> out like q_blocks, lse [blocks, tokens, heads].
 
-    The heads share their lists. The last key block lacks `missing` tokens.
+    The heads share their lists. The last key block lacks `missing` tokens. `attend` computes a call, all keys visible.
     """
     out = torch.empty(q_blocks.shape, dtype=q_blocks.dtype, device=q_blocks.device)
     lse = torch.empty(q_blocks.shape[:3], dtype=torch.float32, device=q_blocks.device)
     at_once = max(1, GATHERED // k_blocks[0].numel())
     most = max(max(group.keys.shape[1], min(group.keys.numel(), at_once)) for group in groups)
     k_buffer, v_buffer = torch.empty(2, most, *k_blocks.shape[1:], dtype=k_blocks.dtype, device=k_blocks.device)
-    attend = _fused_attention if q_blocks.device.type == "cpu" else _explicit_attention
     for group in groups:
         m, n = group.queries.shape[1], group.keys.shape[1]
         valid = n * k_blocks.shape[1] - group.tail * missing
@@ -114,8 +136,9 @@ def _attend_groups(
 
 
 def _whole_blocks(x: Tensor, block: int) -> Tensor:
+    """x [H, S, D] with its last token again until the last block is full: queries that skip what the last one skips."""
     missing = -x.shape[-2] % block
-    return F.pad(x, (0, 0, 0, missing)) if missing else x
+    return torch.cat((x, x[:, -1:].expand(-1, missing, -1)), dim=1) if missing else x
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -136,6 +159,25 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
         outs.append((weights @ value).div_(total).to(q.dtype))
         lses.append((top + total.log()).squeeze(-1))
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def _skipping_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, block_q: int, block_k: int, pv_threshold: float
+) -> tuple[Tensor, Tensor]:
+    """The same, a key block at a time, without the value products that `pv_threshold` leaves out."""
+    top = torch.full(q.shape[:3], -torch.inf, device=q.device)
+    total, out = torch.zeros_like(top), torch.zeros(q.shape, device=q.device)
+    for key, value in zip(torch.split(k, block_k, dim=2), torch.split(v, block_k, dim=2), strict=True):
+        scores = (q.float() * scale) @ rearrange(key.float(), "g s n d -> g s d n")
+        tile_top = scores.amax(dim=-1)
+        new_top = torch.maximum(top, tile_top)
+        weights, decay = (scores - new_top[..., None]).exp(), (top - new_top).exp()
+        top, total = new_top, total * decay + weights.sum(dim=-1)
+        taken = rearrange(tile_top >= new_top - pv_threshold, "g s (m i) -> g s m i", i=block_q).any(dim=-1)
+        # Chosen, not multiplied by 0: what is left out may hold anything.
+        product = (weights @ value.float()).where(taken.repeat_interleave(block_q, dim=-1)[..., None], 0.0)
+        out = out * decay[..., None] + product
+    return (out / total[..., None]).to(q.dtype), top + total.log()
 
 
 def _plan(indices: Tensor, counts: Tensor, key_blocks: int, ragged: bool) -> _Plan:

@@ -28,6 +28,7 @@ def block_sparse_attention(
     precision: str = "native",
     order: Tensor | None = None,
     skipped: str = "drop",
+    pv_threshold: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query block over its listed key blocks; inference only.
@@ -52,6 +53,13 @@ def block_sparse_attention(
             softmax as one more key, the mean of its k and v in the inputs' dtype, with the weight of its count of
             tokens, and in the lse, too (`summary.merge_summaries`). The cost is that of these keys. Rows that list
             every block are the same to the bit.
+        pv_threshold: None, or a positive distance in natural log units: the value product of a tile of keys (a listed
+            block or a part of it) is left out for a group of rows (those of a query block or a part of it) if in every
+            row of the group the largest score of the tile lies further than that below the largest of the row up to and
+            with the tile, in ascending order of keys. The sums, and lse with them, still take its weights (SpargeAttn,
+            arXiv:2502.18137, algorithm 1). Where n keys are left out, out moves by at most n exp(-pv_threshold) max |v|
+            (twice that in "int8_fp8", which subtracts a mean from v). Which ones they are depends on the backend's
+            tiles. The Hopper kernel leaves none out, and refuses.
         backend: "hopper", "triton" or "host"; None is what `backends.default_backend` says.
 
     Returns:
@@ -71,7 +79,9 @@ def block_sparse_attention(
         raise ValueError(f"precision: {precision!r}; valid: one of {PRECISIONS}")
     if skipped not in SKIPPED:
         raise ValueError(f"skipped: {skipped!r}; valid: one of {SKIPPED}")
-    backend = chosen_backend(q, k, v, blocks, precision, backend)
+    if pv_threshold is not None and not 0 < pv_threshold < math.inf:
+        raise ValueError(f"pv_threshold: {pv_threshold!r}; valid: a positive finite number, or None to skip nothing")
+    backend = chosen_backend(q, k, v, blocks, precision, backend, pv_threshold)
     out, lse = _block_sparse_attention(
         q,
         k,
@@ -85,6 +95,7 @@ def block_sparse_attention(
         precision,
         backend,
         skipped,
+        pv_threshold,
     )
     return out, lse
 
@@ -143,8 +154,9 @@ def _block_sparse_attention(
     precision: str,
     backend: str,
     skipped: str = "drop",
+    pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _attend(q, k, v, indices, counts, order, block_q, block_k, scale, precision, backend)
+    out, lse = _attend(q, k, v, indices, counts, order, block_q, block_k, scale, precision, backend, pv_threshold)
     if skipped == "summary":
         from sparse_dit.kernels.summary import merge_summaries
 
@@ -165,9 +177,12 @@ def _attend(
     scale: float,
     precision: str,
     backend: str,
+    pv_threshold: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention along the lists alone, in the tokens' own order."""
     lists = (indices, counts, block_q, block_k)
+    if backend == "triton" and pv_threshold is not None:
+        raise ValueError(f"pv_threshold: {pv_threshold!r} with backend 'triton'; valid: backend 'host', or None")
     if precision != "native":
         from sparse_dit.kernels.quantize import quantize
 
@@ -183,16 +198,20 @@ def _attend(
             return triton_quantized_attention(codes, indices, counts, order, block_q, block_k, q.dtype)
         from sparse_dit.kernels.host import host_quantized_attention
 
-        return _in_token_order(*host_quantized_attention(codes, *lists, q.dtype), order)
-    if backend == "hopper":
-        from sparse_dit.kernels.hopper import hopper_attention as attention
-    elif backend == "triton":
-        from sparse_dit.kernels.attention import triton_attention as attention
-    else:
-        from sparse_dit.kernels.host import host_attention as attention
+        return _in_token_order(*host_quantized_attention(codes, *lists, q.dtype, pv_threshold), order)
     if order is not None:
         q, k, v = (gather_tokens(x, order) for x in (q, k, v))
-    return _in_token_order(*attention(q, k, v, *lists, scale), order)
+    if backend == "hopper":
+        from sparse_dit.kernels.hopper import hopper_attention
+
+        return _in_token_order(*hopper_attention(q, k, v, *lists, scale), order)
+    if backend == "triton":
+        from sparse_dit.kernels.attention import triton_attention
+
+        return _in_token_order(*triton_attention(q, k, v, *lists, scale), order)
+    from sparse_dit.kernels.host import host_attention
+
+    return _in_token_order(*host_attention(q, k, v, *lists, scale, pv_threshold), order)
 
 
 def _in_token_order(out: Tensor, lse: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -215,6 +234,7 @@ def _(
     precision: str,
     backend: str,
     skipped: str = "drop",
+    pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, seq_q, head_size = q.shape
     out = rearrange(q.new_empty(batch, seq_q, heads, head_size), "b s h d -> b h s d")

@@ -36,6 +36,45 @@ def oracle_attention(
     return torch.einsum("bhij,bhjd->bhid", (scores - lse[..., None]).exp(), v.double()), lse
 
 
+def oracle_skipping_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask_blocks: Tensor,
+    block_q: int,
+    block_k: int,
+    tile: tuple[int, int],
+    pv_threshold: float,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without the values of tiles that lie further than a threshold below, see `ops.block_sparse_attention`.
+
+    Arguments as for `oracle_attention`, and:
+        tile: queries and keys a tile, divisors of block_q and block_k.
+        pv_threshold: natural log units.
+
+    Returns:
+        out and lse as `oracle_attention`, and bool [B, H, Sq, Sk], true where a row's weight meets no value.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    seq_q, seq_k = q.shape[2], k.shape[2]
+    mask = mask_blocks.repeat_interleave(block_q, dim=-2).repeat_interleave(block_k, dim=-1)[..., :seq_q, :seq_k]
+    scores = torch.einsum("bhid,bhjd->bhij", q.double(), k.double()) * scale
+    scores = scores.masked_fill(~mask, -torch.inf)
+    left_out = torch.zeros_like(scores, dtype=torch.bool)
+    for row in range(0, seq_q, tile[0]):
+        top = torch.full(scores[:, :, row : row + tile[0], 0].shape, -torch.inf, dtype=torch.float64, device=q.device)
+        for key in range(0, seq_k, tile[1]):
+            part = slice(row, row + tile[0]), slice(key, key + tile[1])
+            tile_top = scores[:, :, *part].amax(dim=-1)
+            top = torch.maximum(top, tile_top)
+            left_out[:, :, *part] = (tile_top < top - pv_threshold).all(dim=-1)[..., None, None]
+    lse = scores.logsumexp(dim=-1)
+    weights = (scores - lse[..., None]).exp().masked_fill(left_out, 0.0)
+    values = v.double().nan_to_num()  # what no row takes may hold anything
+    return torch.einsum("bhij,bhjd->bhid", weights, values), lse, left_out & mask
+
+
 def oracle_summary_attention(
     q: Tensor, k: Tensor, v: Tensor, mask_blocks: Tensor, block_q: int, block_k: int, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
