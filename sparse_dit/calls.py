@@ -140,11 +140,24 @@ def attend(
     keeps_output = refresh and isinstance(recipe.skipped, Reuse)
     if keeps_output and whole is None:
         whole = _whole(recipe, layout, q, k, v, scale)
-    backend = told_backend(q, k, v, chosen.blocks, "native" if whole is not None else recipe.precision)
     if whole is not None and not keeps_output:
-        return Attended(whole[0], density, True, backend)
+        return Attended(whole[0], density, True, told_backend(q, k, v, chosen.blocks, "native"))
+    backend = told_backend(
+        q, k, v, chosen.blocks, "native" if whole is not None else recipe.precision, recipe.pv_threshold
+    )
     skipped = "summary" if isinstance(recipe.skipped, Summarize) else "drop"
-    out, lse = attend_chosen(q, k, v, chosen, scale=scale, precision=recipe.precision, skipped=skipped)
+    out, lse = attend_chosen(
+        q,
+        k,
+        v,
+        chosen,
+        scale=scale,
+        precision=recipe.precision,
+        skipped=skipped,
+        pv_threshold=recipe.pv_threshold,
+    )
+    if recipe.pv_threshold is not None:
+        backend = f"{backend}, PV skip at {recipe.pv_threshold:g}"
     if not isinstance(recipe.skipped, Reuse):
         return Attended(out, density, False, backend)
     if whole is None:
