@@ -8,7 +8,7 @@ model and engine know nothing of it. For eager models, as compiled graphs run no
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -90,7 +90,7 @@ class Probe:
 
 
 @contextmanager
-def probed(pipe: Any, *, rows: int = 16, seed: int = 0) -> Iterator[Probe]:
+def probed(pipe: Any, *, rows: int = 16, seed: int = 0, steps: Collection[int] | None = None) -> Iterator[Probe]:
     """Looks into every sparse call that a pipeline makes inside the block.
 
     A call that computed whole attention, as a search or a cache may need it, counts as dense.
@@ -99,13 +99,14 @@ def probed(pipe: Any, *, rows: int = 16, seed: int = 0) -> Iterator[Probe]:
         pipe: a diffusers pipeline, or a bare transformer; not compiled.
         rows: query rows sampled in each call, the same ones for all heads.
         seed: of the samples.
+        steps: denoising steps that are looked at; None is all of them.
 
     Raises:
         ValueError: no known transformer, or no row.
     """
     if rows < 1:
         raise ValueError(f"rows: {rows}; valid: a whole number from 1")
-    watch = _Watch(rows, seed)
+    watch = _Watch(rows, seed, steps)
     with ExitStack() as stack:
         for transformer in transformers_of(pipe).values():
             family = family_of(transformer)
@@ -157,10 +158,11 @@ def probe(pipe: DiffusionPipeline, request: Request, recipe: Recipe, *, model: s
 class _Watch(TorchDispatchMode):
     """Sees every attention call along block lists, and knows from hooks which layer makes it."""
 
-    def __init__(self, rows: int, seed: int) -> None:
+    def __init__(self, rows: int, seed: int, steps: Collection[int] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.probe = Probe()
         self.rows = rows
+        self.steps = steps
         self.generator = torch.Generator().manual_seed(seed)
         self.step, self.branch = -1, 0
         self.timestep: float | None = None
@@ -197,7 +199,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = func(*args, **(kwargs or {}))
-        if func is torch.ops.sparse_dit.block_sparse_attention.default and self.layer is not None:
+        looked_at = self.layer is not None and (self.steps is None or self.step in self.steps)
+        if looked_at and func is torch.ops.sparse_dit.block_sparse_attention.default:
             q, k, v, indices, counts, order, block_q, block_k, scale, *_ = args
             key_blocks = -(-k.shape[2] // block_k)
             blocks = BlockList(indices, counts, block_q, block_k, key_blocks)

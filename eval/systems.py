@@ -1,162 +1,302 @@
-"""Every published system, and ours, at equal densities on tiny-wan: which keeps a clip nearest to the dense one.
+"""Every published system, and ours, on tiny-wan: which keeps a clip nearest to the dense one for as much computing.
 
-    python -m sparse_dit.eval.systems --out eval/results/systems-tiny-wan.jsonl --part 1/4
-    python -m sparse_dit.eval.systems --search --out eval/results/search-tiny-wan.jsonl
+    python -m sparse_dit.eval.systems --processes 8
 
-The presets are made for grids of tens of thousands of tokens. Here their blocks are 32 tokens, their tiles 1x4x8, and
-one setting of each, its knob, is set to the density; what a knob comes to is measured and stands in the rows.
-`--search` runs the candidates for presets of our own on captions that neither training nor any table uses.
+appends rows to three files in eval/results, and goes on where it stopped when it is started again. It goes in stages:
+
+1. `prepare`, on captions that neither training nor any table uses: mixtures of our own are searched, as many blocks
+   computed over the run as by AdaSpa with its one whole call; knobs are turned, profiles are calibrated.
+2. `table`, on 16 held-out captions: every contender (`eval.contenders`) at every density and share of dense first
+   steps; and the mixture that the search found best for each density, with skipped blocks as summaries and dropped.
+3. `compare`: the same mixtures at the run density of every row of the table that has another one; and how much of whole
+   attention the masks of all of them keep, on two captions of the search.
 """
+
+from __future__ import annotations
 
 import argparse
 import itertools
-import random
-from collections.abc import Iterator, Sequence
+import json
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparse_dit.eval import contest, knobs, results
+from sparse_dit.eval.contenders import (
+    BLOCK,
+    CONTENDERS,
+    DENSITIES,
+    Calibrated,
+    Sought,
+    as_ours,
+    at_run_density,
+    dense_steps_of,
+    mixtures,
+    searching,
+    small,
+    twin,
+)
+from sparse_dit.eval.recall import mask_recall, recall_id
+from sparse_dit.eval.results import Row
+from sparse_dit.eval.settings import settings
 from sparse_dit.eval.sweep import sweep
 from sparse_dit.pipelines.generate import Request, load_pipeline
 from sparse_dit.pipelines.tiny_wan import DEFAULTS
-from sparse_dit.pipelines.tiny_wan.grammar import draw_scene, held_out_prompts
-from sparse_dit.recipe import Recipe, load_recipe
+from sparse_dit.pipelines.tiny_wan.grammar import held_out_prompts
+from sparse_dit.recipe import Recipe
+from sparse_dit.selection.dynamic import blocks_of_share
 
-DENSITIES = (0.5, 0.25, 0.12)
-DENSE_FRACTIONS = (0.0, 0.2)
-SEARCHED_DENSITY = 0.25
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
-_SMALL: dict[str, Any] = {
-    "block_q": 32,
-    "block_k": 32,
-    "precision": "native",
-    "schedule.dense_above": 1.0,
-    "schedule.dense_layers": [],
-}
-_TILES = {"order.tile": [1, 4, 8]}
-_KNOB = "selection.density"
-Knob = str | tuple[str, tuple[Any, ...]]
-# Preset: what is set for tiny-wan beside the above, and the knob that takes the density, or a knob and what comes near
-# the densities (Jenga computes the blocks around a block on top of its budget).
-SYSTEMS: dict[str, tuple[dict[str, Any], Knob]] = {
-    "radial": ({}, _KNOB),
-    "svg": ({}, _KNOB),
-    "sta": ({**_TILES, "selection.tile": [1, 4, 8]}, ("selection.size", ([6, 3, 2], [3, 3, 2], [3, 3, 1]))),
-    "gna": ({**_TILES, "selection.stride": [1, 4, 8]}, ("selection.size", ([6, 12, 16], [3, 12, 16], [3, 12, 8]))),
-    "draft": (_TILES, _KNOB),
-    "jenga": ({"selection.top_p": None, "selection.least": 0.0}, (_KNOB, (0.28, 0.04, 0.014))),
-    "sparge": ({}, _KNOB),
-    "sol": ({}, _KNOB),
-    "subblock": ({"selection.sub_block": 8}, _KNOB),
-    "adaspa": ({"schedule.refresh_steps": [0, 4, 12]}, _KNOB),
-    "vmoba": (
-        {"selection.spans": 9, "selection.tiles": [4, 4], "selection.cuboids": [3, 4, 4]},
-        ("selection.threshold", (0.65, 0.34, 0.15)),
-    ),
-    "re-ttention": ({}, _KNOB),
-    "ditfastattn": ({}, _KNOB),
-}
-# The same selection in INT8, for what low precision costs.
-PRECISIONS = {"radial": ("int8", "int8_fp8"), "sparge": ("int8", "int8_fp8")}
-
-_ORDERS: dict[str, Any] = {
-    "rows": "rows",
-    "hilbert": "hilbert",
-    "tiles": {"name": "tiles", "tile": [1, 4, 8]},
-    "cubes": {"name": "tiles", "tile": [2, 4, 4]},
-}
-_RULES: dict[str, dict[str, Any]] = {
-    "row": {"name": "pooled"},
-    "head": {"name": "pooled", "per": "head"},
-    "lse8": {"name": "pooled", "sub_block": 8, "reduction": "logsumexp"},
-    "lse8-head": {"name": "pooled", "sub_block": 8, "reduction": "logsumexp", "per": "head"},
-    "lse4": {"name": "pooled", "sub_block": 4, "reduction": "logsumexp"},
-    "max8": {"name": "pooled", "sub_block": 8, "reduction": "max"},
-}
-_SKIPPED = ("drop", "summary")
+STAGES = ("prepare", "table", "compare")
+STEPS = int(DEFAULTS["num_inference_steps"])
+BLOCKS = 9 * 16 * 16 // BLOCK  # key blocks of a row
+SEARCH_PROMPTS, RECALL_PROMPTS = 8, 2
+LOOKED_AT = (6, 9, 13, 17)  # steps, for recall: none in which a contender computes whole attention
+MODEL = "tiny-wan"
 
 
-def systems(steps: int) -> list[Recipe]:
-    """Every published system at every density and share of dense first steps, and two of them in INT8.
+@dataclass(frozen=True)
+class Files:
+    """Where rows are read from and appended to.
 
     Args:
-        steps: denoising steps of a run.
+        table: rows of the table.
+        search: rows of the search for mixtures of our own.
+        knobs: what knobs were found to be.
+        recall: what masks keep.
+        profiles: the folder of calibrated profiles.
     """
-    found = []
-    for (name, (settings, knob)), density, fraction in itertools.product(SYSTEMS.items(), DENSITIES, DENSE_FRACTIONS):
-        recipe = _set(name, settings, knob, density, round(fraction * steps))
-        found.append(recipe)
-        found += [recipe.override({"precision": precision}) for precision in PRECISIONS.get(name, ())]
-    return found
+
+    table: Path
+    search: Path
+    knobs: Path
+    recall: Path
+    profiles: Path
 
 
-def _set(name: str, settings: dict[str, Any], knob: Knob, density: float, dense_steps: int) -> Recipe:
-    turned = {knob: density} if isinstance(knob, str) else {knob[0]: knob[1][DENSITIES.index(density)]}
-    plain = {**_SMALL, **settings, "schedule.dense_steps": dense_steps, **turned}
-    return load_recipe(name).override({key: value for key, value in plain.items() if value is not None})
-
-
-def candidates(densities: Sequence[float], dense_steps: Sequence[int], names: Sequence[str] = ()) -> list[Recipe]:
-    """Mixtures of order, scoring rule and what becomes of skipped blocks, named by the three.
+@dataclass(frozen=True)
+class Sweep:
+    """Recipes that are compared with dense on prompts.
 
     Args:
-        densities: shares of key blocks.
-        dense_steps: first steps that are dense.
-        names: only these; none takes all.
+        recipes: which.
+        prompts: on what; they share every pipeline call.
+        out: the JSONL file of the rows.
     """
-    found = []
-    for density, steps in itertools.product(densities, dense_steps):
-        for (order, order_choice), (rule, selection), skipped in itertools.product(
-            _ORDERS.items(), _RULES.items(), _SKIPPED
-        ):
-            name = f"{order}-{rule}-{skipped}"
-            if names and name not in names:
-                continue
-            mapping = {
-                "name": name,
-                "order": order_choice,
-                "selection": {**selection, "density": density},
-                "schedule": {"dense_steps": steps},
-                "skipped": skipped,
-                "block_q": 32,
-                "block_k": 32,
-                "source": "a candidate of the search for presets of our own",
-                "licence": "Apache-2.0",
-            }
-            found.append(Recipe.from_dict(mapping))
-    return found
+
+    recipes: list[Recipe]
+    prompts: list[str]
+    out: Path
 
 
-def search_prompts(count: int) -> list[str]:
-    """Captions of the training's kind that the tables do not use: presets are not chosen by what judges them."""
-    rng = random.Random("search for presets")
-    drawn: Iterator[str] = (draw_scene(rng).caption for _ in itertools.count())
-    unused = (caption for caption in drawn if caption not in set(held_out_prompts(64)))
-    return list(itertools.islice(unused, count))
+@dataclass
+class Runs:
+    """Tasks of the stages on a pipeline that is loaded when the first one runs.
+
+    Args:
+        files: of the rows.
+        prompts: of the table.
+    """
+
+    files: Files
+    prompts: int = 16
+    searched: int = SEARCH_PROMPTS
+
+    @cached_property
+    def pipe(self) -> DiffusionPipeline:
+        """tiny-wan, on the GPU where there is one."""
+        return load_pipeline(MODEL, "cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def request(self) -> Request:
+        """What all runs share; prompts and seeds come on top."""
+        return Request(prompt="", steps=STEPS)
+
+    def run(self, stage: str, share: int, shares: int) -> None:
+        """Does one of so many shares of a stage, each in a process of its own or one after the other.
+
+        Args:
+            stage: one of `STAGES`.
+            share: from 1 to `shares`.
+        """
+        sweep_of, tasks = {"prepare": self._prepare, "table": self._table, "compare": self._compare}[stage]()
+        for task in tasks[share - 1 :: shares]:
+            task()
+        recipes = sweep_of.recipes[share - 1 :: shares]
+        if recipes:
+            batch = len(sweep_of.prompts)
+            for row in sweep(self.pipe, MODEL, recipes, sweep_of.prompts, self.request, sweep_of.out, batch=batch):
+                print(f"{row['recipe']['name']} run density {row['run_density']:.3f} {row['psnr']:.2f} dB", flush=True)
+
+    def _prepare(self) -> tuple[Sweep, list[Callable[[], None]]]:
+        prompts = knobs.search_prompts(self.searched)
+        tasks: list[Callable[[], None]] = [partial(self._profiles, name) for name in knobs.calibrated()]
+        tasks += [partial(self._knob, name, prompts) for name in knobs.sought()]
+        return Sweep(list(searched_recipes()), prompts, self.files.search), tasks
+
+    def _profiles(self, name: str) -> None:
+        knobs.make_profiles(self.pipe, name, self.request, self.files.profiles)
+
+    def _knob(self, name: str, prompts: Sequence[str]) -> None:
+        knobs.turn(self.pipe, name, self.request, prompts, self.files.knobs)
+
+    def _table(self) -> tuple[Sweep, list[Callable[[], None]]]:
+        recipes = list(table_recipes(knobs.values(self.files.knobs), self.files.profiles))
+        recipes += our_recipes(winners(results.load_rows(self.files.search)))
+        return Sweep(recipes, held_out_prompts(self.prompts), self.files.table), []
+
+    def _compare(self) -> tuple[Sweep, list[Callable[[], None]]]:
+        # Nothing here may depend on rows that this stage appends: its shares are cut in several processes.
+        equal = equal_recipes(results.load_rows(self.files.table), winners(results.load_rows(self.files.search)))
+        tabled, _ = self._table()
+        masks = {json.dumps(recipe.to_dict()): recipe for recipe in tabled.recipes if recipe.precision == "native"}
+        tasks: list[Callable[[], None]] = [partial(self._recall, recipe) for recipe in masks.values()]
+        return Sweep(equal, tabled.prompts, self.files.table), tasks
+
+    def _recall(self, recipe: Recipe) -> None:
+        prompts = knobs.search_prompts(RECALL_PROMPTS)
+        requests = [replace(self.request, prompt=prompt, seed=number) for number, prompt in enumerate(prompts)]
+        asked = recall_id(self.pipe, requests, recipe, MODEL, LOOKED_AT, rows=16)
+        if asked not in {row["id"] for row in results.load_rows(self.files.recall)}:
+            row = mask_recall(self.pipe, requests, recipe, model=MODEL, steps=LOOKED_AT)
+            results.append_row(self.files.recall, row)
+            print(f"{recipe.name} recall {row['recall']}", flush=True)
+
+
+def searched_recipes() -> Iterator[Recipe]:
+    """Every mixture of our own, and AdaSpa, at every density with the first step whole."""
+    for density in DENSITIES:
+        yield small("adaspa", density, 0, None)
+        for name in mixtures():
+            recipe = at_run_density(name, (1 + (STEPS - 1) * _kept(density)) / STEPS, 1, STEPS, BLOCKS)
+            assert recipe is not None
+            yield recipe
+
+
+def _kept(density: float) -> float:
+    """The density of whole blocks that a budget comes to."""
+    return blocks_of_share(density, BLOCKS) / BLOCKS
+
+
+def winners(rows: Iterable[Row]) -> dict[float, str]:
+    """The mixture with the highest mean PSNR in the search, by density; none that searches masses itself.
+
+    Such a search passes over all keys, which no density counts: at equal run density it would have computed more.
+
+    Raises:
+        ValueError: there are no rows of a density.
+    """
+    found: dict[tuple[float, str], list[float]] = defaultdict(list)
+    names = {name for name in mixtures() if not searching(name)}
+    for row in rows:
+        for density in DENSITIES:
+            searched = abs(row["run_density"] - (1 + (STEPS - 1) * _kept(density)) / STEPS) < contest.NEAR
+            if searched and row["recipe"]["name"] in names:
+                found[density, row["recipe"]["name"]].append(row["psnr"])
+    means = {key: statistics.fmean(values) for key, values in found.items()}
+    for density in DENSITIES:
+        if not any(key[0] == density for key in means):
+            raise ValueError(f"search: no rows at density {density:g}; valid: rows of the stage prepare")
+    return {
+        density: max((key for key in means if key[0] == density), key=lambda key: means[key])[1]
+        for density in DENSITIES
+    }
+
+
+def table_recipes(found: Mapping[tuple[str, float, int], float], profiles: Path) -> Iterator[Recipe]:
+    """Every contender at every density and number of dense first steps, and some of them in INT8.
+
+    Args:
+        found: what knobs were found to be (`knobs.values`).
+        profiles: the folder of profiles.
+
+    Raises:
+        ValueError: a knob was not found yet.
+    """
+    for (name, contender), density, dense_steps in itertools.product(
+        CONTENDERS.items(), DENSITIES, dense_steps_of(STEPS)
+    ):
+        value: Any = None
+        if isinstance(contender.knob, Calibrated):
+            value = str(knobs.profile_path(profiles, name, density))
+        elif isinstance(contender.knob, Sought):
+            value = found.get((name, density, dense_steps))
+            if value is None:
+                raise ValueError(f"knobs: none of {name} at density {density:g}; valid: rows of the stage prepare")
+        recipe = small(name, density, dense_steps, value)
+        yield recipe
+        for precision in contender.precisions:
+            yield recipe.override({"precision": precision})
+
+
+def our_recipes(found: Mapping[float, str]) -> list[Recipe]:
+    """The mixtures that were found, with summaries and without, at the densities of the table.
+
+    One that searches makes its first call whole, so its budget is that much smaller.
+    """
+    recipes = []
+    for (density, name), dense_steps in itertools.product(found.items(), dense_steps_of(STEPS)):
+        run_density = (dense_steps + (STEPS - dense_steps) * _kept(density)) / STEPS
+        recipes += _both(name, run_density, dense_steps)
+    return recipes
+
+
+def equal_recipes(rows: Iterable[Row], found: Mapping[float, str]) -> list[Recipe]:
+    """The mixtures that were found at the run density, and with the whole steps, of every other setting in the rows.
+
+    Low precision is compared with native one of the same recipe, not with ours.
+    """
+    others = [
+        row for row in rows if row["recipe"]["precision"] == "native" and row["recipe"]["name"] not in contest.KINDS
+    ]
+    recipes = []
+    for setting in settings(others):
+        name = found[contest.near(setting)]
+        recipes += _both(name, contest.run_density(setting), contest.whole_steps(setting))
+    return list({json.dumps(recipe.to_dict()): recipe for recipe in recipes}.values())
+
+
+def _both(name: str, run_density: float, whole_steps: int) -> list[Recipe]:
+    made = (at_run_density(each, run_density, whole_steps, STEPS, BLOCKS) for each in (name, twin(name)))
+    return [as_ours(recipe) for recipe in made if recipe is not None]
 
 
 def main() -> None:
+    """See the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the JSONL file; rows that it holds are not run again")
-    parser.add_argument("--search", action="store_true", help="the candidates for our own presets, on other captions")
-    parser.add_argument("--candidates", nargs="+", default=[], help="these candidates, on the table's captions")
-    parser.add_argument("--part", default="1/1", help="i/n: the i-th of n shares of the recipes")
+    results_folder = Path("eval/results")
+    for name, file in (
+        ("table", "systems-tiny-wan.jsonl"),
+        ("search", "search-tiny-wan.jsonl"),
+        ("knobs", "systems-knobs.jsonl"),
+        ("recall", "systems-recall.jsonl"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, default=results_folder / file, help=f"JSONL file, {file}")
+    parser.add_argument("--profiles", type=Path, default=Path("outputs/systems"), help="folder of calibrated profiles")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--processes", type=int, default=1, help="that share the GPU")
+    parser.add_argument("--share", type=int, help="do this share of --processes only, in this process")
     options = parser.parse_args()
-    share, shares = map(int, options.part.split("/"))
-    steps = int(DEFAULTS["num_inference_steps"])
-    dense_steps = [round(fraction * steps) for fraction in DENSE_FRACTIONS]
-    if options.search:
-        recipes, prompts = candidates([SEARCHED_DENSITY], [0]), search_prompts(options.prompts)
-    else:
-        chosen = candidates(DENSITIES, dense_steps, options.candidates) if options.candidates else systems(steps)
-        recipes, prompts = chosen, held_out_prompts(options.prompts)
-    recipes = recipes[share - 1 :: shares]
-    pipe = load_pipeline("tiny-wan", "cuda" if torch.cuda.is_available() else "cpu")
-    for row in sweep(pipe, "tiny-wan", recipes, prompts, Request(prompt=""), options.out, batch=options.prompts):
-        density = "" if row["density"] is None else f" density {row['density']:.3f}"
-        print(f"{row['recipe']['name']}{density} {row['psnr']:.2f} dB", flush=True)
+    files = Files(options.table, options.search, options.knobs, options.recall, options.profiles)
+    for stage in options.stages:
+        if options.share is not None or options.processes == 1:
+            Runs(files, options.prompts).run(stage, options.share or 1, options.processes)
+            continue
+        command = [sys.executable, "-m", "sparse_dit.eval.systems", *sys.argv[1:], "--stages", stage, "--share"]
+        children = [subprocess.Popen([*command, str(share + 1)]) for share in range(options.processes)]
+        if failed := [child for child in children if child.wait()]:
+            sys.exit(f"{stage}: {len(failed)} of {len(children)} processes failed")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparse_dit.eval.report import put
 from sparse_dit.eval.results import Row, load_rows
+from sparse_dit.eval.systems_table import systems
 
 
 def speed(rows: Sequence[Row]) -> str:
@@ -39,54 +38,15 @@ def speed(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def systems(rows: Sequence[Row]) -> str:
-    """Systems on tiny-wan by PSNR, mean over clips with the worst one, each setting beside its run density.
-
-    Args:
-        rows: as `sparse_dit.eval.systems` writes them, in native precision.
-    """
-    groups: dict[tuple[str, int, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["recipe"]["precision"] == "native":
-            setting = json.dumps(row["recipe"]["selection"], sort_keys=True)
-            groups[row["recipe"]["name"], row["recipe"]["schedule"]["dense_steps"], setting].append(row)
-    steps = rows[0]["steps"]
-    entries: dict[tuple[int, str], list[tuple[float, str]]] = defaultdict(list)
-    for (name, dense_steps, _), group in groups.items():
-        density = statistics.fmean(row["density"] for row in group)
-        psnr = [row["psnr"] for row in group]
-        cells = (
-            name,
-            f"{density:.2f}",
-            f"{statistics.fmean(row['run_density'] for row in group):.2f}",
-            f"{statistics.fmean(psnr):.1f}",
-            f"{statistics.median(psnr):.1f}",
-            f"{min(psnr):.1f}",
-            f"{statistics.fmean(row['ssim'] for row in group):.3f}",
-            str(len(group)),
-        )
-        entries[dense_steps, _near(density)].append((statistics.fmean(psnr), f"| {' | '.join(cells)} |"))
-    lines = []
-    for (dense_steps, near), found in sorted(entries.items(), key=lambda entry: (entry[0][0], -float(entry[0][1]))):
-        lines += [
-            f"**Density about {near}, {dense_steps} of {steps} steps dense**",
-            "",
-            "| system | density | run density | PSNR, dB | median | worst clip | SSIM | clips |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-            *(line for _, line in sorted(found, reverse=True)),
-            "",
-        ]
-    return "\n".join(lines).rstrip()
-
-
-def _near(density: float) -> str:
-    return min(("0.5", "0.25", "0.12"), key=lambda name: abs(float(name) - density))
-
-
-# Page and marker, the rows, and the table made of them.
-PLACES: tuple[tuple[str, str, str, Callable[[Sequence[Row]], str]], ...] = (
-    ("README.md", "speed", "bench-kernels.jsonl", speed),
-    ("docs/systems.md", "systems", "systems-tiny-wan.jsonl", systems),
+# Page and marker, the files of rows, and the table made of them.
+PLACES: tuple[tuple[str, str, tuple[str, ...], Callable[..., str]], ...] = (
+    ("README.md", "speed", ("bench-kernels.jsonl",), speed),
+    (
+        "docs/systems.md",
+        "systems",
+        ("systems-tiny-wan.jsonl", "systems-recall.jsonl", "bench-systems.jsonl"),
+        systems,
+    ),
 )
 
 
@@ -100,9 +60,10 @@ def pages(root: Path) -> dict[Path, str]:
         ValueError: a page lacks its marker, or as `sparse_dit.eval.results.load_rows`.
     """
     found = {}
-    for page, marker, rows_file, table in PLACES:
+    for page, marker, files, table in PLACES:
         text = (root / page).read_text(encoding="utf-8")
-        found[root / page] = put(text, marker, table(load_rows(root / "eval" / "results" / rows_file)))
+        rows = (load_rows(root / "eval" / "results" / file) for file in files)
+        found[root / page] = put(text, marker, table(*rows))
     return found
 
 

@@ -91,12 +91,14 @@ class Explanation:
             return f"{self.model} stays dense: {self.remark}"
         video = " x ".join(map(str, self.grid))
         text = f"{self.text_before} before + {self.text_after} after"
+        skip = self.recipe.get("pv_threshold")
         lines = [
             f"{self.model}, recipe {self.recipe['name']}",
             f"tokens       {self.tokens} = {video} video + text ({text})",
             f"blocks       {self.blocks[0]} x {self.blocks[1]} of {self.block_q} x {self.block_k} tokens",
             f"density      {_told(self.density)} in sparse calls, {_told(self.run_density)} over the run",
             *([f"summaries    {self.summary_density:.4f} more density at most"] if self.summary_density else []),
+            *([f"values       left out more than {skip:g} below the maximum"] if skip else []),
             f"state        {self.state_bytes} bytes",
             *([f"dense        {self.remark}"] if self.remark else []),
         ]

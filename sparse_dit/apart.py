@@ -21,6 +21,7 @@ def attend_chosen(
     scale: float,
     precision: str,
     skipped: str = "drop",
+    pv_threshold: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention along what was chosen.
 
@@ -29,7 +30,7 @@ def attend_chosen(
         chosen: what to compute.
         scale: factor on the scores.
         precision: one of `PRECISIONS`.
-        skipped: as `block_sparse_attention`, for the heads that are computed.
+        skipped, pv_threshold: as `block_sparse_attention`, for the heads that are computed.
 
     Returns:
         out [B, H, S, D] in q's dtype and lse fp32 [B, H, S] in the model's order; zeros and -inf for heads that are
@@ -41,11 +42,20 @@ def attend_chosen(
         if len(heads):
             q, k, v = (x.index_select(1, heads) for x in (q, k, v))
             part = attend_chosen(
-                q, k, v, chosen._replace(heads=None), scale=scale, precision=precision, skipped=skipped
+                q,
+                k,
+                v,
+                chosen._replace(heads=None),
+                scale=scale,
+                precision=precision,
+                skipped=skipped,
+                pv_threshold=pv_threshold,
             )
             out, lse = out.index_copy(1, heads, part[0]), lse.index_copy(1, heads, part[1])
         return out, lse
-    attend = functools.partial(block_sparse_attention, scale=scale, precision=precision, skipped=skipped)
+    attend = functools.partial(
+        block_sparse_attention, scale=scale, precision=precision, skipped=skipped, pv_threshold=pv_threshold
+    )
     if chosen.key_table is None:
         return attend(q, k, v, chosen.blocks, order=chosen.table)
     assert chosen.table is not None
@@ -85,8 +95,8 @@ def choose_clustered(
         tables = call.slot["q_order"].long(), call.slot["k_order"].long()
         return selection.recall(call)._replace(table=tables[0], key_table=tables[1])
     tables = order.tables(q, k, call.layout, call.slot)
-    q, k, v = (gather_tokens(_folded(x), table) for x, table in zip((q, k, v), (*tables, tables[1]), strict=True))
-    chosen = selection.choose(q, k, v, call)
+    q, k = (gather_tokens(_folded(x), table) for x, table in zip((q, k), tables, strict=True))
+    chosen = selection.choose(q, k, k, call)  # by queries and keys alone: values are not brought into their order
     assert chosen is not None
     if keeps:
         selection.keep(chosen, call)

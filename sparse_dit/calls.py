@@ -140,11 +140,24 @@ def attend(
     keeps_output = refresh and isinstance(recipe.skipped, Reuse)
     if keeps_output and whole is None:
         whole = _whole(recipe, layout, q, k, v, scale)
-    backend = told_backend(q, k, v, chosen.blocks, "native" if whole is not None else recipe.precision)
     if whole is not None and not keeps_output:
-        return Attended(whole[0], density, True, backend)
+        return Attended(whole[0], density, True, told_backend(q, k, v, chosen.blocks, "native"))
+    backend = told_backend(
+        q, k, v, chosen.blocks, "native" if whole is not None else recipe.precision, recipe.pv_threshold
+    )
     skipped = "summary" if isinstance(recipe.skipped, Summarize) else "drop"
-    out, lse = attend_chosen(q, k, v, chosen, scale=scale, precision=recipe.precision, skipped=skipped)
+    out, lse = attend_chosen(
+        q,
+        k,
+        v,
+        chosen,
+        scale=scale,
+        precision=recipe.precision,
+        skipped=skipped,
+        pv_threshold=recipe.pv_threshold,
+    )
+    if recipe.pv_threshold is not None:
+        backend = f"{backend}, PV skip at {recipe.pv_threshold:g}"
     if not isinstance(recipe.skipped, Reuse):
         return Attended(out, density, False, backend)
     if whole is None:
@@ -153,6 +166,28 @@ def attend(
     recipe.skipped.keep(slot, whole, (out, lse))
     slot.refreshed = step
     return Attended(whole[0], density, True, backend)
+
+
+def describe(
+    recipe: Recipe, layout: TokenLayout, q: torch.Tensor, *, scale: float, layer: int, step: int, slot: Slot
+) -> Call:
+    """The call as a recipe's dynamic selection is told of it; arguments as `attend`."""
+    assert isinstance(recipe.selection, Dynamic)
+    orders = recipe.selection.orders(layout, layer) or (recipe.order,)
+    return Call(
+        layout=layout,
+        orders=orders,
+        tables=tuple(
+            None if isinstance(order, Clusters) else _table(order, layout, q.shape[1], q.device) for order in orders
+        ),
+        block_q=recipe.block_q,
+        block_k=recipe.block_k,
+        scale=scale,
+        layer=layer,
+        step=step,
+        slot=slot,
+        forced=_forced(layout, recipe.block_q, recipe.block_k, q.device),
+    )
 
 
 def _choose(
@@ -170,21 +205,7 @@ def _choose(
     """What a dynamic selection computes, and the whole call (out, lse) if one was needed to know it."""
     selection = recipe.selection
     assert isinstance(selection, Dynamic)
-    orders = selection.orders(layout, layer) or (recipe.order,)
-    call = Call(
-        layout=layout,
-        orders=orders,
-        tables=tuple(
-            None if isinstance(order, Clusters) else _table(order, layout, q.shape[1], q.device) for order in orders
-        ),
-        block_q=recipe.block_q,
-        block_k=recipe.block_k,
-        scale=scale,
-        layer=layer,
-        step=step,
-        slot=slot,
-        forced=_forced(layout, recipe.block_q, recipe.block_k, q.device),
-    )
+    call = describe(recipe, layout, q, scale=scale, layer=layer, step=step, slot=slot)
     if isinstance(recipe.order, Clusters):
         keeps = recipe.schedule.keeps
         chosen = choose_clustered(recipe.order, selection, q, k, v, call, refresh=refresh, keeps=keeps)
@@ -224,4 +245,4 @@ def measured_density(blocks: BlockList, length: int) -> torch.Tensor:
     width = blocks.counts.double() * blocks.block_k - (last == key_blocks - 1) * (key_blocks * blocks.block_k - length)
     height = torch.full(width.shape[-1:], blocks.block_q, dtype=torch.float64, device=width.device)
     height[-1] -= len(height) * blocks.block_q - length
-    return (width @ height).mean() / length**2
+    return (width * height).sum(dim=-1).mean() / length**2

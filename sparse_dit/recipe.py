@@ -40,6 +40,9 @@ class Recipe:
         selection: which key blocks a query block computes (`sparse_dit.selection`).
         schedule: which steps and layers stay dense, and when a selection is refreshed (`sparse_dit.schedule`).
         precision: arithmetic of the sparse calls, one of `PRECISIONS`; `native` is the dtype of the model.
+        pv_threshold: part of the precision: the value product of a tile of keys is left out where, in every row, its
+            scores lie further than this below the largest so far, in natural log units (`block_sparse_attention`;
+            SpargeAttn's second stage, whose unit is log2). `None` leaves none out. Whole calls never do.
         skipped: what becomes of blocks that were not selected (`sparse_dit.skipped`).
         block_q: query tokens of a block, one of `BLOCK_SIZES`.
         block_k: key tokens of a block, one of `BLOCK_SIZES`.
@@ -65,6 +68,7 @@ class Recipe:
     licence: str = ""
     note: str = ""
     state_limit: float | None = None
+    pv_threshold: float | None = None
 
     def __post_init__(self) -> None:
         for name, valid in (("precision", PRECISIONS), ("block_q", BLOCK_SIZES), ("block_k", BLOCK_SIZES)):
@@ -73,6 +77,8 @@ class Recipe:
                 raise ValueError(f"{name}: {value!r}; valid: {_listed(valid)}")
         if self.state_limit is not None and not self.state_limit >= 0.0:
             raise ValueError(f"state_limit: {self.state_limit!r}; valid: 0 or more GiB, or none")
+        if self.pv_threshold is not None and not 0.0 < self.pv_threshold < float("inf"):
+            raise ValueError(f"pv_threshold: {self.pv_threshold!r}; valid: a positive number, or none")
         self._check_choices()
 
     def _check_choices(self) -> None:
@@ -102,6 +108,11 @@ class Recipe:
         if isinstance(self.selection, Every) and not isinstance(self.skipped, Drop):
             skipped = _name_of(self.skipped, SKIPPED)
             raise ValueError(f"skipped: {skipped!r} with selection 'all', which skips nothing; valid: drop")
+        if isinstance(self.selection, Every) and self.precision == "native" and self.pv_threshold is not None:
+            raise ValueError(
+                f"pv_threshold: {self.pv_threshold!r} with selection 'all' in native precision, which the model's own "
+                "attention computes; valid: another selection or precision"
+            )
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> "Recipe":
@@ -131,15 +142,17 @@ class Recipe:
         return recipe
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, without a `note` or `state_limit` that is not set; `Recipe.from_dict` takes them back."""
+        """Plain values, without note, pv_threshold and state_limit that are not set; `from_dict` takes them back."""
         extra = {"note": self.note} if self.note else {}
         limit = {} if self.state_limit is None else {"state_limit": self.state_limit}
+        skip = {} if self.pv_threshold is None else {"pv_threshold": self.pv_threshold}
         return {
             "name": self.name,
             "order": _plain_choice(self.order, ORDERS),
             "selection": _plain_choice(self.selection, SELECTIONS),
             "schedule": _plain_fields(self.schedule),
             "precision": self.precision,
+            **skip,
             "skipped": _plain_choice(self.skipped, SKIPPED),
             "block_q": self.block_q,
             "block_k": self.block_k,

@@ -67,7 +67,8 @@ def profile_rows(
     token = torch.arange(layout.length, device=rows.device)
     position = torch.stack([token, torch.empty_like(token).scatter_(0, time_major, token)]) - layout.text_before
     unit = (position // ROUNDED_TO).int()
-    near = (unit[:, rows, None] - unit[:, None]).abs() < reach
+    own, key = unit[:, rows, None], unit[:, None]
+    near = (key > own - reach) & (key < own + reach)
     is_text = (position[0] < 0) | (position[0] >= layout.video_tokens)
     sink = position < sink_frames * layout.frame_tokens
     return near | sink[:, None] | is_text | is_text[rows, None]

@@ -11,14 +11,12 @@ import torch
 
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import mask_to_lists
+from sparse_dit.kernels.rows import rows_under_masks
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Order, Rows, TimeMajor
 from sparse_dit.selection.band import Band, profile_rows
 from sparse_dit.selection.dynamic import Call, Chosen, Dynamic
 from sparse_dit.selection.regions import mask_density
-
-# Scores of sampled rows held at once.
-SCORES = 2**26
 
 
 @dataclass(frozen=True)
@@ -84,23 +82,9 @@ class HeadTypes(Dynamic):
         generator = torch.Generator().manual_seed(call.layer + 10_007 * call.step)
         drawn = torch.randint(min(call.layout.length, self.row_limit), (self.rows,), generator=generator).to(q.device)
         seen = profile_rows(call.layout, drawn, time_major[0], frames=self.profile_frames, sink_frames=self.sink_frames)
-        errors = []
-        heads = max(1, SCORES // (q.shape[0] * self.rows * call.layout.length))
-        for some_q, some_k, some_v in zip(*(torch.split(x, heads, dim=1) for x in (q, k, v)), strict=True):
-            scores = call.scale * some_q[:, :, drawn].float() @ some_k.float().mT
-            whole = scores.softmax(dim=-1) @ some_v.float()
-            errors.append(
-                torch.stack(
-                    [
-                        (scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ some_v.float() - whole)
-                        .square()
-                        .sum(dim=(0, 2, 3))
-                        for mask in seen
-                    ]
-                )
-            )
-        spatial, temporal = torch.cat(errors, dim=1)
-        return spatial, temporal
+        whole, spatial, temporal = rows_under_masks(q[:, :, drawn], k, v, seen, scale=call.scale)
+        by_spatial, by_temporal = ((out - whole).square().sum(dim=(0, 2, 3)) for out in (spatial, temporal))
+        return by_spatial, by_temporal
 
     def keep(self, chosen: Chosen, call: Call) -> None:
         """See `Dynamic.keep`: the types alone tell everything."""

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 
 from sparse_dit.kernels.gather import gather_tokens
-from sparse_dit.kernels.lists import lists_to_mask, top_k_lists
+from sparse_dit.kernels.lists import top_k_lists
 from sparse_dit.kernels.mass import block_mass
 from sparse_dit.layout import TokenLayout
+from sparse_dit.selection.budgets import by_recall
 from sparse_dit.selection.dynamic import Call, Chosen, Dynamic, blocks_of_share, density_of_share
 
 
@@ -69,18 +70,9 @@ class Mass(Dynamic):
             mass: fp32 [B, H, QB, KB].
             call: what else the budgets depend on.
         """
-        heads = mass.shape[1]
         base = blocks_of_share(self.density, call.k_blocks)
-        kept = lists_to_mask(
-            top_k_lists(mass, base, block_q=call.block_q, block_k=call.block_k, forced=call.forced), call.k_blocks
-        )
-        recall = (mass * kept).sum(dim=(-2, -1)) / mass.sum(dim=(-2, -1))
-        rich = (recall > self.rich_above).sum(dim=-1, keepdim=True).clamp(max=heads // 2)
-        rank = recall.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        more = min(call.k_blocks, 2 * base - max(1, base // 2))
-        less = 2 * base - more
-        budgets = torch.full_like(rank, base).masked_fill(rank < rich, less).masked_fill(rank >= heads - rich, more)
-        return budgets[..., None]
+        sizes = {"block_q": call.block_q, "block_k": call.block_k}
+        return by_recall(mass, base, rich_above=self.rich_above, forced=call.forced, **sizes)
 
     def expected_density(self, layout: TokenLayout, block_q: int, block_k: int) -> float:
         """See `Dynamic.expected_density`."""

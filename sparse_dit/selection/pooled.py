@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange, reduce
 
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import PER, threshold_lists, top_k_lists, top_p_lists
 from sparse_dit.kernels.pool import block_means, block_similarity
+from sparse_dit.kernels.scores import REDUCTIONS, part_means, part_scores
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Order
+from sparse_dit.selection.budgets import SPREADS, by_gain, by_recall
 from sparse_dit.selection.dynamic import Call, Chosen, Dynamic, blocks_of_share, density_of_share
 
-REDUCTIONS = ("max", "logsumexp")
-# Scores of sub-blocks held at once.
-SCORES = 2**26
+RICH_ABOVE = 0.8  # recall above which a head's budget may be halved, as in AdaSpa
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,9 @@ class Pooled(Dynamic):
         top_p: mass in [0, 1].
         tau: cutoff in standard deviations of the row's scores.
         per: `row` or `head`, for `density`.
+        spread: for `density` per row, how budgets are spread over the heads of a layer, whose mean stays: `even`, all
+            have the same; `recall`, two levels by the softmax that the budget keeps of the scores (AdaSpa's rule, 0.8);
+            `gain`, those that keep the most of that softmax in all heads together (`budgets.by_gain`).
         crossing: for `top_p`, whether the block that crosses p is computed (NABLA) or not (SpargeAttn).
         least: for `top_p`, share of the key blocks that every row computes at least.
         similarity: blocks whose tokens are less alike than this (mean cosine of all pairs, in [0, 1]) are not judged by
@@ -65,6 +66,7 @@ class Pooled(Dynamic):
     top_p: float | None = None
     tau: float | None = None
     per: str = "row"
+    spread: str = "even"
     crossing: bool = True
     least: float = 0.0
     similarity: float | None = None
@@ -85,6 +87,12 @@ class Pooled(Dynamic):
             ("tau", self.tau is None or math.isfinite(self.tau), "a finite number"),
             ("per", self.per in PER, ", ".join(PER)),
             ("per", self.per == "row" or self.density is not None, "row, unless density is the rule"),
+            ("spread", self.spread in SPREADS, ", ".join(SPREADS)),
+            (
+                "spread",
+                self.spread == "even" or (self.density is not None and self.per == "row"),
+                "even, unless density per row is the rule",
+            ),
             ("least", 0.0 <= self.least <= 1.0, "a number in [0, 1]"),
             ("least", self.least == 0.0 or self.top_p is not None, "0, unless top_p is the rule"),
             ("similarity", self.similarity is None or 0.0 <= self.similarity <= 1.0, "a number in [0, 1]"),
@@ -127,32 +135,15 @@ class Pooled(Dynamic):
             alike = (k_alike > self.similarity)[..., None, :]
             forced = _joined(forced, ~alike | ~(q_alike > self.similarity)[..., None])
         if self.sub_block is not None:
-            q_means = block_means(q, self.sub_block, order=call.table)
-            k_means = block_means(k, self.sub_block, order=call.table)
-            scores = self._reduced(q_means, k_means, self.sub_block, call)
+            q_parts, k_parts = (part_means(x, self.sub_block, order=call.table) for x in (q, k))
+            per_q, per_k = call.block_q // self.sub_block, call.block_k // self.sub_block
+            scores = part_scores(q_parts, k_parts, per_q, per_k, scale=call.scale, reduction=self.reduction)
         else:
             scores = call.scale * q_means @ k_means.mT
         if alike is not None and self.tau is None:
             # Not -inf: a softmax over nothing else would be NaN. All of those blocks are forced then.
             scores = scores.masked_fill(~alike, torch.finfo(scores.dtype).min)
         return scores, forced
-
-    def _reduced(self, q_parts: torch.Tensor, k_parts: torch.Tensor, part: int, call: Call) -> torch.Tensor:
-        """The scores of blocks from those of their parts, [B, H, parts, D] each, some rows of blocks at a time."""
-        per_q, per_k = call.block_q // part, call.block_k // part
-        beyond = F.pad(torch.zeros(k_parts.shape[2], device=q_parts.device), (0, -k_parts.shape[2] % per_k), value=1.0)
-        k_parts = F.pad(k_parts, (0, 0, 0, -k_parts.shape[2] % per_k))
-        rows = max(1, SCORES // (k_parts[..., 0].numel() * per_q)) * per_q
-        merged = []
-        for some in torch.split(call.scale * q_parts, rows, dim=2):
-            scores = (some @ k_parts.mT).masked_fill(beyond.bool(), -torch.inf)
-            scores = F.pad(scores, (0, 0, 0, -scores.shape[2] % per_q), value=-torch.inf)
-            if self.reduction == "max":
-                merged.append(reduce(scores, "b h (n i) (m j) -> b h n m", "max", i=per_q, j=per_k))
-            else:
-                grouped = rearrange(scores, "b h (n i) (m j) -> b h n m (i j)", i=per_q, j=per_k)
-                merged.append(grouped.logsumexp(dim=-1))
-        return torch.cat(merged, dim=2)
 
     def _lists(self, scores: torch.Tensor, forced: torch.Tensor | None, call: Call) -> BlockList:
         sizes = {"block_q": call.block_q, "block_k": call.block_k}
@@ -165,8 +156,16 @@ class Pooled(Dynamic):
                 probabilities, self.top_p, crossing=self.crossing, forced=forced, at_least=least, **sizes
             )
         assert self.density is not None
-        ranked = scores.softmax(dim=-1) if self.per == "head" else scores
-        return top_k_lists(ranked, blocks_of_share(self.density, call.k_blocks), forced=forced, per=self.per, **sizes)
+        base = blocks_of_share(self.density, call.k_blocks)
+        if self.per == "head":
+            return top_k_lists(scores.softmax(dim=-1), base, forced=forced, per="head", **sizes)
+        keep: int | torch.Tensor = base
+        if self.spread == "recall":
+            budgets = by_recall(scores.softmax(dim=-1), base, rich_above=RICH_ABOVE, forced=forced, **sizes)
+            keep = budgets.repeat_interleave(call.q_blocks, dim=-1)
+        elif self.spread == "gain":
+            keep = by_gain(scores, base, forced=forced).repeat_interleave(call.q_blocks, dim=-1)
+        return top_k_lists(scores, keep, block_q=call.block_q, block_k=call.block_k, forced=forced)
 
 
 def _joined(first: torch.Tensor | None, second: torch.Tensor) -> torch.Tensor:

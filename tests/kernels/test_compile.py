@@ -20,11 +20,13 @@ TARGETS = {
 }
 ATTENTION = {"block_sparse_forward_kernel", "int8_forward_kernel", "quantize_kernel", "sampled_means_kernel"}
 BLOCKS = {"pool_kernel", "block_mass_kernel", "select_kernel", "kth_kernel", "rank_rows_kernel"}
+CHOOSING = {"scores_kernel", "parts_kernel", "rows_kernel"}
 SUMMARY = {"skipped_tiles_kernel", "summary_kernel"}
 # Program, the targets of one run of it, its kernels. The longest goes target by target, for the sake of two cores.
 RUNS = (
     *(("compile_offline.py", (target,), ATTENTION) for target in TARGETS),
     ("compile_offline_blocks.py", tuple(TARGETS), BLOCKS),
+    ("compile_offline_choosing.py", tuple(TARGETS), CHOOSING),
     ("compile_offline_summary.py", tuple(TARGETS), SUMMARY),
     ("compile_offline_hopper.py", ("cuda:90",), {"hopper_forward_kernel"}),
 )

@@ -90,7 +90,7 @@ def test_types_are_kept_and_recalled(call_for: CallFor, plant: Callable[..., Any
 def test_rows_are_drawn_alike_in_every_run_and_unlike_in_every_step(
     call_for: CallFor, plant: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparse_dit.selection.head_types.SCORES", 1)  # head by head
+    monkeypatch.setattr("sparse_dit.kernels.rows.SCORES", 1)  # head by head
     q, k, v = mixed(plant)
     first, again, later = (TYPES.errors(q, k, v, call_for(LAYOUT, selection=TYPES, step=s)) for s in (3, 3, 4))
     assert torch.equal(first[0], again[0])

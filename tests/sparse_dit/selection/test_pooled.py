@@ -142,7 +142,7 @@ def test_everything_is_computed_where_no_block_is_judged_by_its_mean(rule: Any, 
 def test_scores_of_sub_blocks(
     reduction: str, ordered: bool, call_for: CallFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparse_dit.selection.pooled.SCORES", 1)  # row by row
+    monkeypatch.setattr("sparse_dit.kernels.scores.SCORES", 1)  # row by row
     q, k, _ = qk(LAYOUT)
     call = call_for(LAYOUT, 32, 16, order=Hilbert() if ordered else None)
     mask = chosen_mask(Pooled(density=0.25, sub_block=4, reduction=reduction), call, q, k)

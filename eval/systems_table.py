@@ -1,0 +1,128 @@
+"""The table of systems on tiny-wan: how near each stays to dense, and ours at the same run density beside it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+
+from sparse_dit.eval import contest
+from sparse_dit.eval.contenders import BLOCK, DENSITIES, OURS
+from sparse_dit.eval.results import Row
+from sparse_dit.eval.settings import Setting, settings
+from sparse_dit.selection.dynamic import blocks_of_share
+
+_COLUMNS = (
+    "system",
+    "density",
+    "run density",
+    "PSNR, dB",
+    "median",
+    "worst clip",
+    "SSIM",
+    "median",
+    "worst clip",
+    "recall",
+    "overhead",
+    "ours, dB more",
+    "clips won",
+    "ours without summaries",
+)
+_NONE = ""
+OVERHEAD_TOKENS = 32_760  # of the shape whose overhead is shown
+# Of ours, the presets whose overhead stands for them.
+_PRESETS = dict(zip(DENSITIES, ("quality", "balanced", "fast"), strict=True))
+
+
+def systems(rows: Sequence[Row], recalls: Sequence[Row] = (), overheads: Sequence[Row] = ()) -> str:
+    """Systems by PSNR, in groups of about one density and one number of dense first steps.
+
+    PSNR and SSIM are means over the frames of a clip; of those the mean, the median and the smallest over clips. Ours
+    stands in every line of another system: at the same run density, with as many whole steps, how much nearer to dense
+    it is, mean over the paired clips with its 95 % bootstrap interval.
+
+    Args:
+        rows: as `sparse_dit.eval.systems` writes them; those in native precision are shown.
+        recalls: as `sparse_dit.eval.recall` writes them.
+        overheads: as `sparse_dit.eval.bench.systems` writes them.
+    """
+    found = settings([row for row in rows if row["recipe"]["precision"] == "native"])
+    kept = {json.dumps(row["recipe"], sort_keys=True): row["recall"] for row in recalls}
+    shares = {row["system"]: row["share"] for row in overheads if row["shape"]["tokens"] == OVERHEAD_TOKENS}
+    nominal = {
+        setting.rows[0]["recipe"]["schedule"]["dense_steps"] for setting in found if not contest.is_ours(setting)
+    }
+    groups: dict[tuple[int, float], list[Setting]] = defaultdict(list)
+    for setting in found:
+        dense_steps = setting.rows[0]["recipe"]["schedule"]["dense_steps"]
+        if not contest.is_ours(setting):
+            groups[dense_steps, contest.near(setting)].append(setting)
+        elif (place := _place(setting, nominal)) is not None:
+            groups[place].append(setting)
+    lines = []
+    for (dense_steps, density), members in sorted(groups.items(), key=lambda group: (group[0][0], -group[0][1])):
+        ranked = sorted(members, key=lambda setting: -statistics.fmean(setting.values("psnr")))
+        lines += [
+            f"**Density about {density:g}, {dense_steps} of {rows[0]['steps']} steps dense**",
+            "",
+            f"| {' | '.join(_COLUMNS)} |",
+            f"| --- | {' | '.join('---:' for _ in _COLUMNS[1:])} |",
+            *(f"| {' | '.join(_cells(setting, found, kept, shares))} |" for setting in ranked),
+            "",
+        ]
+    return "\n".join(lines).rstrip()
+
+
+def _place(setting: Setting, nominal: set[int]) -> tuple[int, float] | None:
+    """The group in which one of ours has a line of its own: that whose run density it was made for."""
+    row = setting.rows[0]
+    blocks = -(-row["grid"][0] * row["grid"][1] * row["grid"][2] // BLOCK)
+    for dense_steps in nominal:
+        for density in DENSITIES:
+            kept = blocks_of_share(density, blocks) / blocks
+            run_density = (dense_steps + (row["steps"] - dense_steps) * kept) / row["steps"]
+            made_for = dense_steps <= contest.whole_steps(setting) <= dense_steps + 1
+            if made_for and abs(contest.run_density(setting) - run_density) < contest.NEAR / 2:
+                return dense_steps, density
+    return None
+
+
+def _cells(
+    setting: Setting, found: Sequence[Setting], kept: dict[str, float | None], shares: dict[str, float]
+) -> list[str]:
+    psnr, ssim = setting.values("psnr"), setting.values("ssim")
+    recipe = setting.rows[0]["recipe"]
+    recall = kept.get(json.dumps(recipe, sort_keys=True))
+    name, mixture = setting.name, ""
+    if contest.is_ours(setting):
+        name, mixture = _PRESETS[contest.near(setting)], f" ({recipe['source']})"
+    share = shares.get(name)
+    cells = [
+        f"{setting.name}{mixture}",
+        f"{setting.density:.2f}",
+        f"{contest.run_density(setting):.2f}",
+        f"{statistics.fmean(psnr):.1f}",
+        f"{statistics.median(psnr):.1f}",
+        f"{min(psnr):.1f}",
+        f"{statistics.fmean(ssim):.3f}",
+        f"{statistics.median(ssim):.3f}",
+        f"{min(ssim):.3f}",
+        _NONE if recall is None else f"{recall:.2f}",
+        _NONE if share is None else f"{100 * share:.1f} %",
+    ]
+    beside = None if contest.is_ours(setting) else contest.standing(setting, found)
+    if beside is None:
+        return [*cells, _NONE, _NONE, _NONE]
+    without = contest.standing(setting, found, f"{OURS}-drop")
+    return [
+        *cells,
+        _difference(beside),
+        f"{beside.wins} of {beside.clips}",
+        _NONE if without is None else _difference(without),
+    ]
+
+
+def _difference(standing: contest.Standing) -> str:
+    spread = "" if standing.spread is None else " [{:+.1f}, {:+.1f}]".format(*standing.spread)
+    return f"{standing.difference:+.1f}{spread}"

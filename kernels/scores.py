@@ -1,0 +1,108 @@
+"""Scores of blocks from those of their parts, without the matrix of the parts."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+from sparse_dit.kernels.backends import CUDA_DTYPES, TRITON_HEAD_SIZES
+from sparse_dit.kernels.ops import DTYPES
+from sparse_dit.kernels.pool import block_means
+
+REDUCTIONS = ("max", "logsumexp")
+PARTS = (1, 2, 4, 8, 16, 32, 64)  # tokens of a part that the kernel of `part_means` takes
+# Scores of parts held at once by the torch path.
+SCORES = 2**26
+
+
+def part_scores(q: Tensor, k: Tensor, per_q: int, per_k: int, *, scale: float, reduction: str) -> Tensor:
+    """The largest, or the log-sum-exp, of the scores of all pairs of parts of a query and a key block.
+
+    score[I, J] = log sum over the parts i of I and j of J of exp(scale q_i.k_j), or max of scale q_i.k_j: the block
+    scores of SubBlock (sgl-project/sglang, pull request 34148), of which the log-sum-exp estimates the block's mass.
+
+    One pass over the products, nothing as large as their matrix stored: 2 P R D FLOP a head and two exponentials a
+    score. At S = 118,800, H = 4 and parts of 16 tokens that matrix would take 0.9 GB.
+
+    Args:
+        q: means of the parts of queries [B, H, P, D], fp16, bf16 or fp32.
+        k: means of the parts of keys [B, H, R, D], like q.
+        per_q: parts of a query block, at least 1; the last block has what is left.
+        per_k: parts of a key block, likewise.
+        scale: factor on the products.
+        reduction: one of `REDUCTIONS`.
+
+    Returns:
+        fp32 [B, H, ceil(P / per_q), ceil(R / per_k)].
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+    _check(q, k, per_q, per_k, reduction)
+    if q.is_cuda and q.dtype in CUDA_DTYPES and q.shape[-1] in TRITON_HEAD_SIZES:
+        from sparse_dit.kernels.scores_triton import triton_scores
+
+        return triton_scores(q, k, per_q, per_k, scale, reduction)
+    return torch_scores(q, k, per_q, per_k, scale, reduction)
+
+
+def part_means(x: Tensor, part: int, *, order: Tensor | None = None) -> Tensor:
+    """The means of short runs of tokens, in the dtype that `part_scores` multiplies them in.
+
+    Sums run in fp32. As `pool.block_means`, but for parts of a power of two of up to 64 tokens, of which one program
+    takes sixteen. Floor: the bytes of x once.
+
+    Args:
+        x: tokens [B, H, S, D], fp16, bf16 or fp32, any strides.
+        part: tokens a part, at least 1.
+        order: int64 [1 or H, S], the token ids in the order in which they enter parts; None as they stand.
+
+    Returns:
+        [B, H, ceil(S / part), D], on a GPU in the dtype of x, as attention's own products are, else fp32.
+
+    Raises:
+        ValueError: as `pool.block_means`.
+    """
+    if x.is_cuda and x.dtype in CUDA_DTYPES:
+        if part in PARTS:
+            from sparse_dit.kernels.scores_triton import triton_part_means
+
+            return triton_part_means(x, part, order)
+        return block_means(x, part, order=order).to(x.dtype)
+    return block_means(x, part, order=order)
+
+
+def torch_scores(q: Tensor, k: Tensor, per_q: int, per_k: int, scale: float, reduction: str) -> Tensor:
+    """The contract of `part_scores`, a bounded part of the scores at a time; arguments already checked."""
+    q, k = q.float(), k.float()
+    beyond = F.pad(torch.zeros(k.shape[2], device=q.device), (0, -k.shape[2] % per_k), value=1.0).bool()
+    k = F.pad(k, (0, 0, 0, -k.shape[2] % per_k))
+    rows = max(1, SCORES // (k[..., 0].numel() * per_q)) * per_q
+    merged = []
+    for some in torch.split(scale * q, rows, dim=2):
+        scores = (some @ k.mT).masked_fill(beyond, -torch.inf)
+        scores = F.pad(scores, (0, 0, 0, -scores.shape[2] % per_q), value=-torch.inf)
+        if reduction == "max":
+            merged.append(reduce(scores, "b h (n i) (m j) -> b h n m", "max", i=per_q, j=per_k))
+        else:
+            grouped = rearrange(scores, "b h (n i) (m j) -> b h n m (i j)", i=per_q, j=per_k)
+            merged.append(grouped.logsumexp(dim=-1))
+    return torch.cat(merged, dim=2)
+
+
+def _check(q: Tensor, k: Tensor, per_q: int, per_k: int, reduction: str) -> None:
+    if q.dtype not in DTYPES or q.ndim != 4 or 0 in q.shape:
+        raise ValueError(
+            f"q: {q.dtype} {list(q.shape)}; valid: a non-empty [B, H, P, D] of {', '.join(map(str, DTYPES))}"
+        )
+    fits = k.ndim == 4 and (k.shape[:2], k.shape[3]) == (q.shape[:2], q.shape[3]) and 0 not in k.shape
+    if not fits or k.dtype != q.dtype or k.device != q.device:
+        raise ValueError(
+            f"k: {k.dtype} {list(k.shape)} on {k.device}; valid: {q.dtype} [{q.shape[0]}, {q.shape[1]}, parts, "
+            f"{q.shape[3]}] on {q.device}, like q"
+        )
+    for name, per in (("per_q", per_q), ("per_k", per_k)):
+        if per < 1:
+            raise ValueError(f"{name}: {per}; valid: at least 1 part")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: {reduction!r}; valid: one of {REDUCTIONS}")

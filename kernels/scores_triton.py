@@ -1,0 +1,206 @@
+"""Triton: scores of blocks from those of their parts.
+
+Names as in `attention`: `i_` program index, `p_` pointer, `o_` offsets, `m_` mask, `b_` values on chip.
+"""
+
+# Triton kernel bodies are a language of their own: their arguments carry no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="operator, index, attr-defined, no-untyped-call"
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _product(b_q, m_row, p_k, o_column, k_parts, o_d, scale, HEAD_SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores of parts of queries with some parts of keys; -inf where there is no such part."""
+    m_column = o_column < k_parts
+    m_k = m_column[None, :] & (o_d < HEAD_SIZE)[:, None]
+    b_k = tl.load(p_k + o_column[None, :] * HEAD_SIZE + o_d[:, None], mask=m_k, other=0.0)
+    b_score = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+    return tl.where(m_row[:, None] & m_column[None, :], b_score, float("-inf"))
+
+
+@triton.jit
+def scores_kernel(
+    p_q,
+    p_k,
+    p_scores,
+    scale,
+    q_parts,
+    k_parts,
+    q_blocks,
+    k_blocks,
+    PER_Q: tl.constexpr,
+    PER_K: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    MAX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of blocks by blocks: a product of the i-th parts with the j-th parts for each pair (i, j).
+
+    So parts of a block never meet in one product, and reducing them exchanges nothing between threads. The factor on
+    the scores holds log2(e): sums run in base 2. The first part of a block always exists, so its maximum is finite.
+    """
+    i_k, i_q, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    p_q += i_bh * q_parts * HEAD_SIZE
+    p_k += i_bh * k_parts * HEAD_SIZE
+    o_q = i_q * TILE_Q + tl.arange(0, TILE_Q)
+    o_k = i_k * TILE_K + tl.arange(0, TILE_K)
+    o_d = tl.arange(0, COLUMNS)
+    m_d = o_d < HEAD_SIZE
+    b_max = tl.full([TILE_Q, TILE_K], float("-inf"), tl.float32)
+    b_sum = tl.zeros([TILE_Q, TILE_K], tl.float32)
+    for i in range(PER_Q):
+        o_row = o_q * PER_Q + i
+        m_row = o_row < q_parts
+        b_q = tl.load(p_q + o_row[:, None] * HEAD_SIZE + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
+        for j in range(PER_K):
+            b_score = _product(b_q, m_row, p_k, o_k * PER_K + j, k_parts, o_d, scale, HEAD_SIZE, PRECISION)
+            b_new = tl.maximum(b_max, b_score)
+            if not MAX:
+                b_sum = b_sum * tl.exp2(b_max - b_new) + tl.exp2(b_score - b_new)
+            b_max = b_new
+    if not MAX:
+        b_max = (b_max + tl.log2(b_sum)) * 0.6931471805599453
+    o_out = i_bh * q_blocks * k_blocks + o_q[:, None].to(tl.int64) * k_blocks + o_k[None, :]
+    tl.store(p_scores + o_out, b_max, mask=(o_q < q_blocks)[:, None] & (o_k < k_blocks)[None, :])
+
+
+@triton.jit
+def parts_kernel(
+    p_x,
+    p_order,
+    p_means,
+    x_batch,
+    x_head,
+    x_token,
+    order_head,
+    tokens,
+    parts,
+    HEAD_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+    ORDERED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Means of PARTS parts of PART tokens, by products of a matrix of ones with tiles of tokens, summed in fp32.
+
+    So a program has a whole tile in flight however short the parts are, and no sum crosses threads.
+    """
+    i_n, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    o_d, o_part = tl.arange(0, COLUMNS), tl.arange(0, PARTS)
+    m_d = o_d < HEAD_SIZE
+    p_x += i_b * x_batch + i_h * x_head
+    b_sum = tl.zeros([PARTS, COLUMNS], tl.float32)
+    for start in range(0, PARTS * PART, TILE):
+        o_own = start + tl.arange(0, TILE)
+        o_place = i_n * PARTS * PART + o_own
+        m_token = o_place < tokens
+        o_token = o_place.to(tl.int64)
+        if ORDERED:
+            o_token = tl.load(p_order + i_h * order_head + o_place, mask=m_token, other=0)
+        m_x = m_token[:, None] & m_d[None, :]
+        b_x = tl.load(p_x + o_token[:, None] * x_token + o_d[None, :], mask=m_x, other=0.0)
+        b_ones = (o_own[None, :] // PART == o_part[:, None]).to(b_x.dtype)
+        b_sum = tl.dot(b_ones, b_x, b_sum, input_precision=PRECISION)
+    o_part += i_n * PARTS
+    b_count = tl.minimum(tokens - o_part * PART, PART).to(tl.float32)
+    b_mean = b_sum / tl.maximum(b_count, 1.0)[:, None]
+    o_out = ((i_b * tl.num_programs(1) + i_h) * parts + o_part)[:, None] * HEAD_SIZE + o_d[None, :]
+    tl.store(p_means + o_out, b_mean.to(p_means.dtype.element_ty), mask=(o_part < parts)[:, None] & m_d[None, :])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel is launched: blocks of queries and of keys a program, warps a program, tiles loaded ahead."""
+
+    tile_q: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+
+
+def launch_for(head_size: int) -> Launch:
+    """Pinned launch settings: a table, no timing. A tile of queries stays while those of keys pass by."""
+    return Launch(tile_q=64, tile_k=64, num_warps=8 if head_size > 128 else 4, num_stages=2)
+
+
+def constants(
+    head_size: int, per_q: int, per_k: int, launch: Launch, *, reduction: str, dtype: torch.dtype
+) -> dict[str, object]:
+    """The kernel's compile-time arguments."""
+    return {
+        "PER_Q": per_q,
+        "PER_K": per_k,
+        "HEAD_SIZE": head_size,
+        "COLUMNS": triton.next_power_of_2(head_size),
+        "TILE_Q": launch.tile_q,
+        "TILE_K": launch.tile_k,
+        "MAX": reduction == "max",
+        "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
+    }
+
+
+def triton_scores(
+    q: Tensor, k: Tensor, per_q: int, per_k: int, scale: float, reduction: str, launch: Launch | None = None
+) -> Tensor:
+    """The contract of `scores.part_scores`."""
+    q, k = q.contiguous(), k.contiguous()
+    batch, heads, q_parts, head_size = q.shape
+    k_parts = k.shape[2]
+    launch = launch or launch_for(head_size)
+    q_blocks, k_blocks = triton.cdiv(q_parts, per_q), triton.cdiv(k_parts, per_k)
+    scores = torch.empty(batch, heads, q_blocks, k_blocks, dtype=torch.float32, device=q.device)
+    factor = scale if reduction == "max" else scale * math.log2(math.e)
+    fixed = constants(head_size, per_q, per_k, launch, reduction=reduction, dtype=q.dtype)
+    grid = (triton.cdiv(k_blocks, launch.tile_k), triton.cdiv(q_blocks, launch.tile_q), batch * heads)
+    with torch.cuda.device_of(q):
+        scores_kernel[grid](
+            q, k, scores, factor, q_parts, k_parts, q_blocks, k_blocks, **fixed,
+            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return scores
+
+
+PARTS, PART_TILE = 16, 64  # parts a program of parts_kernel makes, tokens it holds at once
+
+
+def part_constants(head_size: int, part: int, *, ordered: bool, dtype: torch.dtype) -> dict[str, object]:
+    """The compile-time arguments of parts_kernel."""
+    return {
+        "HEAD_SIZE": head_size,
+        "COLUMNS": triton.next_power_of_2(head_size),
+        "PART": part,
+        "PARTS": PARTS,
+        "TILE": min(PART_TILE, PARTS * part),
+        "ORDERED": ordered,
+        "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
+    }
+
+
+def triton_part_means(x: Tensor, part: int, order: Tensor | None) -> Tensor:
+    """The contract of `scores.part_means` for parts of a power of two of tokens."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    batch, heads, tokens, head_size = x.shape
+    if order is not None:
+        order = order.contiguous().expand(heads, -1)
+    parts = triton.cdiv(tokens, part)
+    means = torch.empty(batch, heads, parts, head_size, dtype=x.dtype, device=x.device)
+    fixed = part_constants(head_size, part, ordered=order is not None, dtype=x.dtype)
+    with torch.cuda.device_of(x):
+        parts_kernel[(triton.cdiv(parts, PARTS), heads, batch)](
+            x, order, means, *x.stride()[:3], 0 if order is None else order.stride(0), tokens, parts, **fixed,
+            num_warps=4, num_stages=2, enable_fp_fusion=True,
+        )  # fmt: skip
+    return means

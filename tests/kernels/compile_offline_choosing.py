@@ -1,0 +1,67 @@
+"""Compiles the kernels of part scores and sampled rows: python compile_offline_choosing.py cuda:90 hip:gfx942
+
+Prints a line of JSON a target and variant (all of them on Hopper, else one a kernel), with registers and stack where
+the target is an NVIDIA one.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from offline import report
+from triton.compiler import ASTSource
+
+from sparse_dit.kernels import rows_triton, scores_triton
+
+POINTERS = {
+    "p_q": "*bf16",
+    "p_k": "*bf16",
+    "p_v": "*bf16",
+    "p_masks": "*u8",
+    "p_order": "*i64",
+    "p_x": "*bf16",
+    "p_means": "*bf16",
+    "scale": "fp32",
+}
+# head size, parts of a query and of a key block, reduction
+SCORES = ((256, 8, 4, "logsumexp"), (128, 8, 4, "logsumexp"), (72, 2, 1, "max"))
+ROWS = (128, 72)
+# head size, tokens a part, whether in an order
+PARTS = ((72, 4, True), (128, 16, True), (256, 64, False))
+
+
+def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
+    """Kernel, compile-time arguments, warps, stages; one variant a kernel or all of them."""
+    last = None if every else 1
+    for head_size, per_q, per_k, reduction in SCORES[:last]:
+        launch = scores_triton.launch_for(head_size)
+        fixed = scores_triton.constants(head_size, per_q, per_k, launch, reduction=reduction, dtype=torch.bfloat16)
+        yield scores_triton.scores_kernel, fixed, launch.num_warps, launch.num_stages
+    for head_size, part, ordered in PARTS[:last]:
+        fixed = scores_triton.part_constants(head_size, part, ordered=ordered, dtype=torch.bfloat16)
+        if not ordered:
+            fixed |= {"p_order": None}
+        yield scores_triton.parts_kernel, fixed, 4, 2
+    for head_size in ROWS[:last]:
+        fixed = rows_triton.constants(head_size, torch.bfloat16)
+        yield rows_triton.rows_kernel, fixed, rows_triton.WARPS, rows_triton.STAGES
+
+
+def main(target_name: str) -> None:
+    for kernel, fixed, num_warps, num_stages in variants(every=target_name == "cuda:90"):
+        signature, attributes = {}, {}
+        for position, name in enumerate(kernel.arg_names):
+            if name in fixed:
+                signature[name] = "constexpr"
+            else:
+                signature[name] = POINTERS.get(name, "*fp32" if name.startswith("p_") else "i32")
+            if name.startswith("p_"):
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constexprs=fixed, attrs=attributes)
+        report(target_name, source, {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True})
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        main(argument)
