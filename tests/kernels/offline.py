@@ -27,7 +27,7 @@ def architecture_of(target: GPUTarget) -> str:
 
 
 def report(target_name: str, source: Any, options: dict[str, Any]) -> None:
-    """Compiles a kernel and prints a line of JSON, for NVIDIA with registers and stack, on sm_90 with what `sass` says."""
+    """Compiles a kernel and prints a line of JSON: registers and stack too for NVIDIA, what `sass` says for sm_90."""
     target = target_of(target_name)
     compiled = triton_compile(source, target=target, options=options)
     binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
