@@ -108,12 +108,15 @@ class StepBench:
 
     def _stock(self, subject: Subject, stock: Measured) -> Row:
         """The stock model's row, with its time after the others."""
-        after = Times()
-        if not self.compiled:  # which would compile once more
-            with subject.layers_run(subject.timed):
-                subject.forward(after)
-        row = self._row(subject.case, STOCK) | self._numbers(subject, stock, stock)
-        return row | {"ms_after": after.ms if after.device else None}
+        row, after = self._row(subject.case, STOCK), Times()
+        try:
+            if not self.compiled:  # which would compile once more
+                with subject.layers_run(subject.timed):
+                    subject.forward(after)
+        except Exception as failure:
+            return row | {"status": FAILED, "reason": _one_line(failure)}
+        ends = {"ms_after": after.ms if after.device else None, "host_us_per_call": None}
+        return row | self._numbers(subject, stock, stock) | ends
 
     def _numbers(self, subject: Subject, found: Measured, stock: Measured) -> Row:
         ms = found.times.ms
@@ -254,13 +257,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="*", default=list(usual.cases), metavar="CASE")
     parser.add_argument("--variants", nargs="*", default=list(usual.variants), metavar="VARIANT")
     parser.add_argument("--seconds", type=float, default=usual.seconds)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(ROWS_FILE))
     given = parser.parse_args(argv)
-    command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)])
     try:
-        request = Request(given.cases, given.variants, given.seconds, given.compile, given.tiny)
+        request = Request(given.cases, given.variants, given.seconds, given.compiled, given.tiny)
         rows = run(request, given.out, command)
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

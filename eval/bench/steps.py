@@ -141,7 +141,7 @@ class Subject:
             with self.layers_run(self.timed):
                 times, out, peak, told = self._steps(recipe)
                 attention_ms = None if self.compiled else self._attention(recipe)
-            host_ms = times.host_ms if self.short == self.timed else None
+            host_ms = None if self.compiled or self.short != self.timed else times.host_ms
             if host_ms is None and not self.compiled:
                 host_ms = self._host(recipe)
         finally:
