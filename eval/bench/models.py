@@ -202,21 +202,30 @@ class Request:
             raise ValueError(f"seconds: {self.seconds}; valid: above 0")
 
 
-def run(request: Request, rows_file: Path, command: str) -> list[Row]:
+def run(request: Request, rows_file: Path, command: str, device: torch.device | None = None) -> list[Row]:
     """Measures what is asked for, case by case, and appends each row as soon as it is there.
 
     Rows of the file that were measured on this device at this revision are not measured again.
 
+    Args:
+        request: what to measure.
+        rows_file: the JSONL file.
+        command: how the run was asked for, as the rows tell it.
+        device: where to run; `None` is the current GPU, or the CPU where there is none.
+
     Raises:
         ValueError: no GPU and not `tiny`, or as `load_rows`.
     """
-    if not torch.cuda.is_available() and not request.tiny:
+    if device is None:
+        gpu = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    on_gpu = device.type == "cuda"
+    if not on_gpu and not request.tiny:
         raise ValueError(
-            "device: there is no GPU; valid: a machine with an NVIDIA or AMD GPU that torch can use, or tiny"
+            "device: there is no GPU; valid: a machine with an NVIDIA or AMD GPU that torch can use, or tiny models"
         )
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-    bench = StepBench(device, torch.bfloat16 if gpu else torch.float32, request.seconds, command, request.compiled)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    bench = StepBench(device, dtype, request.seconds, command, request.compiled)
     done, found = load_rows(rows_file), []
     for name in request.cases:
         case = ARCHITECTURES[name].shrunk() if request.tiny else ARCHITECTURES[name]
@@ -227,7 +236,7 @@ def run(request: Request, rows_file: Path, command: str) -> list[Row]:
             found.append(row)
             print(f"{time.monotonic() - begin:6.1f} s  {row_line(row)}", flush=True)
         gc.collect()
-        if gpu:
+        if on_gpu:
             torch.cuda.empty_cache()
     return found
 

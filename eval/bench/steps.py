@@ -4,8 +4,10 @@ import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
+from diffusers import attention_backend
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -80,25 +82,19 @@ class Subject:
         self.layers = tuple(len(getattr(self.model, name)) for name in case.blocks)
         self.timed = case.timed or self.layers
         self.short = few(self.timed, HOST_CALLS)
-        self._only_cudnn = self._use_cudnn()
         if compiled:
             for name in case.blocks:
                 for block in getattr(self.model, name):
                     block.compile(fullgraph=True)
 
-    def _use_cudnn(self) -> bool:
-        """Makes cuDNN the model's dense kernel, where there is cuDNN.
-
-        Returns:
-            Whether torch itself must be told so around each forward, as the processors know no backends of diffusers.
-        """
+    def _dense_kernel(self) -> AbstractContextManager[Any]:
+        """Inside, the model's own attention is cuDNN's and nothing else, where there is cuDNN."""
         if dense_kernel(self.device) != "cudnn":
-            return False
+            return nullcontext()
         attentions = family_of(self.model).attentions(self.model).values()
-        if any(not hasattr(attention.processor, "_attention_backend") for attention in attentions):
-            return True
-        self.model.set_attention_backend("_native_cudnn")  # type: ignore[operator]
-        return False
+        if all(hasattr(attention.processor, "_attention_backend") for attention in attentions):
+            return cast(AbstractContextManager[Any], attention_backend("_native_cudnn"))
+        return sdpa_kernel([SDPBackend.CUDNN_ATTENTION])  # the processors know no backends of diffusers
 
     def layers_run(self, counts: tuple[int, ...]) -> AbstractContextManager[None]:
         """See `first_layers`."""
@@ -109,8 +105,7 @@ class Subject:
         on_gpu = self.device.type == "cuda"
         self._wait()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
-        kernel = sdpa_kernel([SDPBackend.CUDNN_ATTENTION]) if self._only_cudnn else nullcontext()
-        with kernel, torch.no_grad():
+        with self._dense_kernel(), torch.no_grad():
             begin = time.perf_counter()
             if on_gpu:
                 events[0].record()

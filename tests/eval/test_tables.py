@@ -78,7 +78,8 @@ def test_models_show_stock_first_and_the_last_row_of_each_variant() -> None:
         numbers = {"ms": 1234.5, "attention_share": 0.25, "peak_ratio": 1.01, "host_us_per_call": 99.6, "density": 0.2}
         plain = {
             "case": "a-model", "variant": variant, "compiled": False, "tiny": False, "status": "measured",
-            "ratio": ratio, "tokens": 4608, "layers": [19, 38], "layers_timed": [2, 4], "wanted_density": 0.2, "error": 0.5,
+            "ratio": ratio, "tokens": 4608, "layers": [19, 38], "layers_timed": [2, 4], "wanted_density": 0.2,
+            "error": 0.5,
             "device": {"name": "a GPU"}, "versions": {"torch": "2", "triton": "3", "diffusers": "0"},
         }  # fmt: skip
         return {**plain, **numbers, **changes}

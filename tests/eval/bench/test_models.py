@@ -41,7 +41,10 @@ PUBLISHED = {
 }
 # In a process of its own: here fresh memory is filled, so that nothing is without memory.
 SIZES = """
+import sys
+sys.modules |= dict.fromkeys(("jsonargparse", "gradio", "imageio_ffmpeg", "av", "rich"))
 import diffusers, torch
+import sparse_dit.eval.bench.models
 from sparse_dit.eval.bench.architectures import ARCHITECTURES, layout_of
 models = {}
 for name, case in ARCHITECTURES.items():
@@ -73,6 +76,7 @@ def rows_of(case: str, *names: str, **changes: Any) -> list[Row]:
 
 
 def test_sizes_are_the_published_ones_and_everything_is_made_where_it_runs() -> None:
+    """And the packages of the command line are not needed."""
     done = subprocess.run([sys.executable, "-c", SIZES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     expected = [f"{name}|{size!r}|meta" for name, size in PUBLISHED.items()]
@@ -138,7 +142,7 @@ def test_few_layers_keep_the_proportion(counts: tuple[int, ...], expected: tuple
 def test_every_class_runs_and_dense_is_stock(name: str, tmp_path: Path) -> None:
     file = tmp_path / "new" / "rows.jsonl"
     asked = ("dense", "radial", "balanced-int8_fp8")
-    run(Request((name,), asked, tiny=True), file, "command")
+    run(Request((name,), asked, tiny=True), file, "command", CPU)
     rows = {row["variant"]: row for row in load_rows(file)}
     assert list(rows) == [*asked, "stock"]
     assert {row["status"] for row in rows.values()} == {"measured"}, [row["reason"] for row in rows.values()]
@@ -160,12 +164,12 @@ def test_every_class_runs_and_dense_is_stock(name: str, tmp_path: Path) -> None:
 
 def test_what_is_measured_is_not_measured_again(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    first = run(Request(("cogvideox-5b-480p",), ("dense",), tiny=True), file, "first")
-    again = run(Request(("cogvideox-5b-480p",), ("dense", "radial"), tiny=True), file, "second")
+    first = run(Request(("cogvideox-5b-480p",), ("dense",), tiny=True), file, "first", CPU)
+    again = run(Request(("cogvideox-5b-480p",), ("dense", "radial"), tiny=True), file, "second", CPU)
     assert [row["variant"] for row in first] == ["dense", "stock"]
     assert [row["variant"] for row in again] == ["radial"]
     assert again[0]["stock_ms"] != first[1]["ms"]  # stock is timed in every run
-    assert run(Request(("cogvideox-5b-480p",), ("radial",), tiny=True), file, "third") == []
+    assert run(Request(("cogvideox-5b-480p",), ("radial",), tiny=True), file, "third", CPU) == []
     assert [row["command"] for row in load_rows(file)] == ["first", "first", "second"]
 
 
@@ -180,6 +184,17 @@ def test_a_call_that_falls_back_is_no_number(monkeypatch: pytest.MonkeyPatch) ->
     assert (failed["status"], failed["ms"], failed["ratio"]) == ("failed", None, None)
     assert failed["reason"] == "0 of 3 calls were sparse; dense: {'dense_layers': 3}"
     assert stock["status"] == "measured"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_stock_is_cudnn_or_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has no cuDNN: asked for it, no class falls back, and later forwards are not changed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "dense_kernel", lambda device: "cudnn")
+        (failed,) = rows_of(name)
+    assert (failed["variant"], failed["status"]) == ("stock", "failed")
+    assert "No viable backend for scaled_dot_product_attention" in failed["reason"]
+    assert [row["status"] for row in rows_of(name)] == ["measured"]
 
 
 def test_another_density_than_meant_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,16 +244,6 @@ def test_compiled_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     assert (sparse["status"], sparse["compiled"], sparse["calls"]["sparse"]) == ("measured", True, 3), sparse["reason"]
     assert sparse["attention_share"] is sparse["host_us_per_call"] is stock["ms_after"] is None
-
-
-def test_no_package_of_the_command_line_is_needed() -> None:
-    code = (
-        "import sys; sys.modules |= dict.fromkeys(('jsonargparse', 'gradio', 'imageio_ffmpeg', 'av', 'rich'))\n"
-        "from sparse_dit.eval.bench.models import main; sys.exit(main(['--cases', 'wan', '--tiny']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "error: cases: 'wan'; valid: wan2.1-14b-720p, " in done.stderr
 
 
 def test_as_a_module_it_prints_every_row_and_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
