@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 SHAPES = ["12x32760x128", "4x118800x128", "48x17776x64", "8x75600x128", "24x4608x128", "16x1000x72"]
 DENSITIES = [0.5, 0.3, 0.2, 0.1, 1.0]
 HEAD_SIZES = [128, 64, 256]
+# The names of `eval.bench.architectures` and `eval.bench.variants`, which import torch; a test holds them equal.
+CASES = [
+    "wan2.1-14b-720p", "cogvideox-5b-480p", "flux.1-dev-2048px", "hunyuanvideo-720p", "wan2.1-1.3b-480p",
+    "flux.1-dev-1024px",
+]  # fmt: skip
+VARIANTS = [
+    "radial", "balanced", "radial-int8_fp8", "balanced-int8_fp8", "dense", "radial-int8", "balanced-int8",
+]  # fmt: skip
 
 
-def bench(
-    what: Literal["kernels"],
-    /,
+def bench_kernels(
     shapes: list[str] = SHAPES,
     densities: list[float] = DENSITIES,
     seconds: float = 120.0,
@@ -30,7 +36,6 @@ def bench(
     """Time attention kernels on this GPU, ours beside others, as one table and as rows of a JSONL file.
 
     Args:
-        what: kernels.
         shapes: HEADSxTOKENSxHEAD_SIZE each.
         densities: of the block lists, above 0 and up to 1.
         seconds: nothing new is started after so long; what matters most is measured first.
@@ -63,6 +68,33 @@ def bench(
     if left := [row for row in measured if row["status"] == LEFT_OUT]:
         print(f"left out, {left[0]['reason']}: {'; '.join(f'{_shape(row)} {_case(row)}' for row in left)}")
     print(f"wrote {rows_file}")
+
+
+def bench_models(
+    cases: list[str] = CASES,
+    variants: list[str] = VARIANTS,
+    seconds: float = 90.0,
+    compiled: bool = False,
+    tiny: bool = False,
+    out: str = "eval/results/bench-models.jsonl",
+) -> None:
+    """Time one denoising step of published architectures on this GPU, ours beside stock, and append rows to a file.
+
+    Weights are random. What the file holds already of this GPU and revision is not measured again.
+
+    Args:
+        cases: models at sizes, in this order.
+        variants: recipes and precisions, in this order; the stock model is always measured.
+        seconds: of a case; no variant starts later.
+        compiled: run layers under torch.compile; attention and host are then not timed apart.
+        tiny: tiny models of the same classes, also on a CPU, to see that everything runs.
+        out: the JSONL file that rows are appended to.
+    """
+    from sparse_dit.eval.bench.models import Request, row_line, run
+
+    request = Request(cases, variants, seconds, compiled, tiny)
+    rows = run(request, Path(out), shlex.join(["sparse-dit", *sys.argv[1:]]))
+    print("\n".join(["", *map(row_line, rows), f"wrote {out}"]))
 
 
 def tune_tiles(head_sizes: list[int] = HEAD_SIZES, seconds: float = 600.0, out: str | None = None) -> None:

@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from sparse_dit import __version__
-from sparse_dit.app.commands import COMMANDS, Setup
+from sparse_dit.app.commands import COMMANDS, GROUPS, Setup
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,11 +53,14 @@ def read_command(argv: list[str]) -> Callable[[], int | None]:
         chosen = build_parser().parse_args(argv)
     except ArgumentError as error:
         unknown = re.search(r"unrecognized arguments: (\S+)", str(error))
-        if unknown is None or argv[0] not in COMMANDS:
+        asked = next((name for name in (" ".join(argv[:words]) for words in (1, 2)) if name in COMMANDS), None)
+        if unknown is None or asked is None:
             raise
-        raise ValueError(_unknown_option(argv[0], unknown[1].partition("=")[0])) from None
-    command, _ = COMMANDS[chosen.command]
-    values = chosen[chosen.command].as_dict()
+        raise ValueError(_unknown_option(asked, unknown[1].partition("=")[0])) from None
+    name, values = chosen.command, chosen[chosen.command].as_dict()
+    if name in GROUPS:
+        name, values = f"{name} {values['what']}", values[values["what"]]
+    command, _ = COMMANDS[name]
     arguments: list[Any] = []
     settings: dict[str, Any] = {}
     for parameter in inspect.signature(command).parameters.values():
@@ -81,7 +84,7 @@ def build_parser() -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    subcommands = parser.add_subcommands(dest="command", title="commands")
+    subcommands = {"": parser.add_subcommands(dest="command", title="commands")}
     for name, (command, skipped) in COMMANDS.items():
         text = docstring_parser.parse(command.__doc__ or "")
         subparser = ArgumentParser(description=text.short_description, exit_on_error=False, allow_abbrev=False)
@@ -98,7 +101,12 @@ def build_parser() -> ArgumentParser:
                     help=described[parameter.name],
                     **_kind(parameter.annotation, parameter.default),
                 )
-        subcommands.add_subcommand(name, subparser, help=text.short_description)
+        home, _, own_name = name.rpartition(" ")
+        if home not in subcommands:
+            group = ArgumentParser(description=GROUPS[home], exit_on_error=False, allow_abbrev=False)
+            subcommands[""].add_subcommand(home, group, help=GROUPS[home])
+            subcommands[home] = group.add_subcommands(dest="what", title="what")
+        subcommands[home].add_subcommand(own_name, subparser, help=text.short_description)
     return parser
 
 
@@ -195,6 +203,7 @@ def _one_line(error: BaseException) -> str:
     """An error in one line; those of the parser in the words of the other ones."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"^(the following arguments are required: )\w+\.", r"\1--", text)
+    text = re.sub(r"^argument (\w+): invalid choice: (.*) \(choose from (.*)\)$", r"\1: \2; valid: \3", text)
     found = re.match(r'Parser key "([\w.]+)": (.*)', text)
     if not found:
         return text

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_dit.app import tables
-from sparse_dit.app.bench import bench, tune_tiles
+from sparse_dit.app.bench import bench_kernels, bench_models, tune_tiles
 from sparse_dit.app.calibrate import TILE, sampling_of, search_of
 from sparse_dit.app.demo.serve import demo
 from sparse_dit.app.output import output_folder
@@ -388,6 +388,10 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], frozenset[str]]] = {
     "compare-files": (compare_files, frozenset()),
     "calibrate": (calibrate, frozenset({"prompt", "recipe"})),
     "report": (report, frozenset()),
-    "bench": (bench, frozenset()),
+    "bench kernels": (bench_kernels, frozenset()),
+    "bench models": (bench_models, frozenset()),
     "tune-tiles": (tune_tiles, frozenset()),
 }
+
+#: What names of two words have in common.
+GROUPS = {"bench": "Time kernels or whole models on this GPU."}

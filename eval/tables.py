@@ -38,6 +38,49 @@ def speed(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def models(rows: Sequence[Row]) -> str:
+    """One denoising step of whole models: stock, then our variants beside it, by case.
+
+    Args:
+        rows: as `sparse-dit bench models` writes them. Of each variant the last measured row counts, without tiny ones.
+    """
+    cases: dict[tuple[str, bool], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if row["status"] == "measured" and not row["tiny"]:
+            cases[row["case"], row["compiled"]][row["variant"]] = row
+    if not cases:
+        return "Not measured yet."
+    measured = [row for variants in cases.values() for row in variants.values()]
+    where = {f"{row['device']['name']}, torch {row['versions']['torch']}, Triton {row['versions']['triton']}, "
+             f"diffusers {row['versions']['diffusers']}" for row in measured}  # fmt: skip
+    lines = [
+        "; ".join(sorted(where)),
+        "",
+        "| model | tokens | layers | variant | step, ms | x stock | attention | memory | host, us | density | error |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (case, compiled), variants in cases.items():
+        for name, row in sorted(variants.items(), key=lambda entry: entry[0] != "stock"):
+            numbers = (
+                _number(row["ratio"], ".2f"),
+                _number(row["attention_share"], ".2f"),
+                _number(row["peak_ratio"], ".3f"),
+                _number(row["host_us_per_call"], ".0f"),
+                _number(row["density"], ".3f"),
+                _number(row["error"], ".4f") if row["wanted_density"] == 1.0 else "",
+            )
+            layers = f"{sum(row['layers_timed'])} of {sum(row['layers'])}"
+            model = f"{case}, compiled" if compiled else case
+            lines.append(
+                f"| {model} | {row['tokens']:,} | {layers} | {name} | {row['ms']:,.0f} | {' | '.join(numbers)} |"
+            )
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
 # Page and marker, the files of rows, and the table made of them.
 PLACES: tuple[tuple[str, str, tuple[str, ...], Callable[..., str]], ...] = (
     ("README.md", "speed", ("bench-kernels.jsonl",), speed),
@@ -47,6 +90,7 @@ PLACES: tuple[tuple[str, str, tuple[str, ...], Callable[..., str]], ...] = (
         ("systems-tiny-wan.jsonl", "systems-recall.jsonl", "bench-systems.jsonl"),
         systems,
     ),
+    ("docs/models.md", "models", ("bench-models.jsonl",), models),
 )
 
 

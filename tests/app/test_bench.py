@@ -8,6 +8,8 @@ import torch
 from sparse_dit.app import bench as commands
 from sparse_dit.app.cli import main
 from sparse_dit.eval.bench import clock
+from sparse_dit.eval.bench.architectures import ARCHITECTURES
+from sparse_dit.eval.bench.variants import VARIANTS
 from sparse_dit.eval.results import load_rows
 from sparse_dit.kernels import tiles
 
@@ -45,7 +47,7 @@ def test_bench_says_what_it_had_no_time_for(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("arguments", [["bench", "kernels"], ["tune-tiles"]])
+@pytest.mark.parametrize("arguments", [["bench", "kernels"], ["bench", "models"], ["tune-tiles"]])
 def test_without_a_gpu_there_is_nothing_to_measure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith("sparse-dit: error: device: there is no GPU; valid: ")
@@ -54,7 +56,11 @@ def test_without_a_gpu_there_is_nothing_to_measure(arguments: list[str], capsys:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["bench", "steps"], "what: 'steps'; valid: 'kernels'"),
+        (["bench", "steps"], "what: 'steps'; valid: 'kernels', 'models'"),
+        (["bench", "models", "--cases", "wan"], "cases: 'wan'; valid: wan2.1-14b-720p, "),
+        (["bench", "models", "--variants", "fast"], "variants: 'fast'; valid: radial, "),
+        (["bench", "models", "--seconds", "0"], "seconds: 0.0; valid: above 0"),
+        (["bench", "models", "--case", "wan"], "bench models: unknown option --case; did you mean --cases?"),
         ([*ARGUMENTS, "--shapes", "12x300"], "shapes: '12x300'; valid: HEADSxTOKENSxHEAD_SIZE"),
         ([*ARGUMENTS, "--densities", "0"], "densities: 0.0; valid: above 0 and up to 1"),
         ([*ARGUMENTS, "--seconds", "0"], "seconds: 0.0; valid: above 0"),
@@ -65,6 +71,21 @@ def test_without_a_gpu_there_is_nothing_to_measure(arguments: list[str], capsys:
 def test_bad_input_is_one_line(arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith(f"sparse-dit: error: {error}")
+
+
+def test_bench_models_prints_and_appends_a_row_a_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--cases", "cogvideox-5b-480p", "--variants", "dense", "--tiny", "--out", str(out)]
+    assert main(["bench", "models", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert [row["variant"] for row in load_rows(out)] == ["dense", "stock"]
+    assert "cogvideox-5b-480p dense: " in printed
+    assert f"wrote {out}" in printed
+
+
+def test_options_name_all_cases_and_variants() -> None:
+    assert list(ARCHITECTURES) == commands.CASES
+    assert list(VARIANTS) == commands.VARIANTS
 
 
 @pytest.mark.usefixtures("on_cpu")

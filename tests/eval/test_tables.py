@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_dit.eval.systems_table import systems
-from sparse_dit.eval.tables import pages, speed
+from sparse_dit.eval.tables import models, pages, speed
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,3 +72,35 @@ def test_systems_are_sorted_by_psnr_within_density_and_dense_steps() -> None:
     ]
     assert text.index("| b | 0.26 | 0.26 | 27.0 |") < text.index("| a | 0.24 | 0.24 | 25.0 | 25.0 | 20.0 | 0.500 |")
     assert "| d |" not in text
+
+
+def test_models_show_stock_first_and_the_last_row_of_each_variant() -> None:
+    def row(variant: str, ratio: float, **changes: Any) -> dict[str, Any]:
+        numbers = {"ms": 1234.5, "attention_share": 0.25, "peak_ratio": 1.01, "host_us_per_call": 99.6, "density": 0.2}
+        plain = {
+            "case": "a-model", "variant": variant, "compiled": False, "tiny": False, "status": "measured",
+            "ratio": ratio, "tokens": 4608, "layers": [19, 38], "layers_timed": [2, 4], "wanted_density": 0.2,
+            "error": 0.5,
+            "device": {"name": "a GPU"}, "versions": {"torch": "2", "triton": "3", "diffusers": "0"},
+        }  # fmt: skip
+        return {**plain, **numbers, **changes}
+
+    unmeasured = {"peak_ratio": None, "host_us_per_call": None, "density": None, "error": None, "wanted_density": None}
+    rows = [
+        row("radial", 1.5),
+        row("radial", 2.5),
+        row("radial", 9.0, tiny=True),
+        row("radial", 9.0, status="failed"),
+        row("dense", 1.0, wanted_density=1.0, density=1.0, error=0.0123),
+        row("stock", 1.0, **unmeasured),
+        row("radial", 3.5, compiled=True, attention_share=None),
+    ]
+    first, _, _, _, *lines = models(rows).splitlines()
+    assert first == "a GPU, torch 2, Triton 3, diffusers 0"
+    assert lines == [
+        "| a-model | 4,608 | 6 of 57 | stock | 1,234 | 1.00 | 0.25 |  |  |  |  |",
+        "| a-model | 4,608 | 6 of 57 | radial | 1,234 | 2.50 | 0.25 | 1.010 | 100 | 0.200 |  |",
+        "| a-model | 4,608 | 6 of 57 | dense | 1,234 | 1.00 | 0.25 | 1.010 | 100 | 1.000 | 0.0123 |",
+        "| a-model, compiled | 4,608 | 6 of 57 | radial | 1,234 | 3.50 |  | 1.010 | 100 | 0.200 |  |",
+    ]
+    assert models([]) == models(rows[2:4]) == "Not measured yet."
