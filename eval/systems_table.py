@@ -74,6 +74,36 @@ def systems(rows: Sequence[Row], recalls: Sequence[Row] = (), overheads: Sequenc
     return "\n".join(lines).rstrip()
 
 
+def overhead(rows: Sequence[Row]) -> str:
+    """What choosing costs beside dense attention, a line a system: shares and milliseconds by shape.
+
+    Args:
+        rows: as `sparse_dit.eval.bench.systems` writes them; of several of a system and shape the last one counts.
+    """
+    if not rows:
+        return "No rows yet."
+    latest = {(row["system"], row["shape"]["tokens"]): row for row in rows if row["share"] is not None}
+    tokens = sorted({size for _, size in latest})
+    heads = {row["shape"]["tokens"]: row["shape"]["heads"] for row in latest.values()}
+    lines = [
+        f"| system | {' | '.join(f'{heads[size]} x {size:,}: share | of them order | searches' for size in tokens)} |",
+        f"| --- | {' | '.join('---:' for _ in range(3 * len(tokens)))} |",
+    ]
+    for system in dict.fromkeys(name for name, _ in latest):
+        cells = []
+        for size in tokens:
+            row = latest.get((system, size))
+            if row is None:
+                cells += ["", "", ""]
+                continue
+            within = row["limit"] is None or row["share"] <= row["limit"]
+            share = f"{100 * row['share']:.1f} %"
+            cells += [share if within else f"**{share}**", f"{100 * row['order_ms'] / row['dense_ms']:.1f} %"]
+            cells.append(f"{100 * row['search_share']:.1f} %" if row["searches"] else "")
+        lines.append(f"| {system} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _place(setting: Setting, nominal: set[int]) -> tuple[int, float] | None:
     """The group in which one of ours has a line of its own: that whose run density it was made for."""
     row = setting.rows[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sparse_dit.eval.report import put
 from sparse_dit.eval.results import Row, load_rows
-from sparse_dit.eval.systems_table import systems
+from sparse_dit.eval.systems_table import overhead, systems
 
 
 def speed(rows: Sequence[Row]) -> str:
@@ -91,6 +91,7 @@ PLACES: tuple[tuple[str, str, tuple[str, ...], Callable[..., str]], ...] = (
         systems,
     ),
     ("docs/models.md", "models", ("bench-models.jsonl",), models),
+    ("docs/systems.md", "overhead", ("bench-systems.jsonl",), overhead),
 )
 
 
@@ -103,9 +104,9 @@ def pages(root: Path) -> dict[Path, str]:
     Raises:
         ValueError: a page lacks its marker, or as `sparse_dit.eval.results.load_rows`.
     """
-    found = {}
+    found: dict[Path, str] = {}
     for page, marker, files, table in PLACES:
-        text = (root / page).read_text(encoding="utf-8")
+        text = found.get(root / page) or (root / page).read_text(encoding="utf-8")
         rows = (load_rows(root / "eval" / "results" / file) for file in files)
         found[root / page] = put(text, marker, table(*rows))
     return found

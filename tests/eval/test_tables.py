@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sparse_dit.eval.systems_table import systems
+from sparse_dit.eval.systems_table import overhead, systems
 from sparse_dit.eval.tables import models, pages, speed
 
 ROOT = Path(__file__).parents[2]
@@ -104,3 +104,25 @@ def test_models_show_stock_first_and_the_last_row_of_each_variant() -> None:
         "| a-model, compiled | 4,608 | 6 of 57 | radial | 1,234 | 3.50 |  | 1.010 | 100 | 0.200 |  |",
     ]
     assert models([]) == models(rows[2:4]) == "Not measured yet."
+
+
+def test_overhead_shows_the_last_row_of_each_and_what_is_above_its_limit() -> None:
+    def row(system: str, tokens: int, share: float, limit: float, searches: int = 0) -> dict[str, Any]:
+        shape = {"heads": 2, "tokens": tokens}
+        costs = {"share": share, "limit": limit, "order_ms": 0.5, "dense_ms": 50.0}
+        return {"system": system, "shape": shape, **costs, "search_share": 0.123, "searches": searches}
+
+    text = overhead(
+        [
+            row("a", 1000, 0.9, 0.03),
+            row("a", 1000, 0.02, 0.03),
+            row("a", 2000, 0.02, 0.01, searches=2),
+            row("b", 2000, 0.005, 0.01),
+        ]
+    )
+    assert text.splitlines()[0].startswith("| system | 2 x 1,000: share | of them order | searches | 2 x 2,000: share")
+    assert text.splitlines()[2:] == [
+        "| a | 2.0 % | 1.0 % |  | **2.0 %** | 1.0 % | 12.3 % |",
+        "| b |  |  |  | 0.5 % | 1.0 % |  |",
+    ]
+    assert overhead([]) == "No rows yet."
