@@ -13,6 +13,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -22,6 +23,7 @@ from einops import rearrange
 from sparse_dit.calls import attend, plan
 from sparse_dit.forecast import forecast, is_dense
 from sparse_dit.layout import TokenLayout
+from sparse_dit.parallel import ALL_HERE, Heads
 from sparse_dit.recipe import Recipe, load_recipe
 from sparse_dit.state import RunState, Slot, Tally
 
@@ -106,6 +108,7 @@ class Run:
         scale: float | None,
         refusal: str | None,
         dense: Callable[[], torch.Tensor],
+        heads: Heads = ALL_HERE,
     ) -> torch.Tensor:
         """Compute one self-attention call.
 
@@ -116,6 +119,7 @@ class Run:
             scale: factor on the scores; `None` is 1 / sqrt(d).
             refusal: why the call cannot be sparse, if so.
             dense: the call as the model would have made it.
+            heads: which of the layer's heads the call has.
 
         Returns:
             The output with the axes `axes` and the dtype of q.
@@ -126,7 +130,7 @@ class Run:
         tokens = q.shape[axes.split().index("s")]
         reason = refusal or self.dense_reason(layer, tokens)
         if self.recipe.state_limit is not None and refusal is None:
-            self._check_state(q if axes == HEADS_FIRST else q.transpose(1, 2))
+            self._check_state(q if axes == HEADS_FIRST else q.transpose(1, 2), heads)
         with self.tally.timed(q.device):
             if reason is not None:
                 self.tally.count_dense(reason)
@@ -135,23 +139,27 @@ class Run:
             assert layout is not None
             q, k, v = (rearrange(x, f"{axes} -> {HEADS_FIRST}") for x in (q, k, v))
             slot = state.slot(layer, (layout, q.shape, q.dtype, q.device))
-            done = attend(self.recipe, layout, q, k, v, scale=scale, layer=layer, step=state.step, slot=slot)
+            done = attend(
+                self.recipe, layout, q, k, v, scale=scale, layer=layer, step=state.step, slot=slot, spread=heads
+            )
             if done.whole:
                 self.tally.count_dense("refresh", done.backend)
             else:
                 self.tally.count_sparse(done.density, done.backend)
             return rearrange(done.out, f"{HEADS_FIRST} -> {axes}")
 
-    def _check_state(self, q: torch.Tensor) -> None:
+    def _check_state(self, q: torch.Tensor, heads: Heads) -> None:
         """Raises ValueError when layers would keep more than the recipe allows; q is [B, H, S, D]."""
         state = self.state
         asked = (state.layout, state.branches, q.shape, q.dtype)
         if state.layout is None or self._affordable == asked:
             return
+        batch, here, tokens, size = q.shape
+        shape = (batch, heads.total(here), tokens, size)
         told = forecast(
-            self.recipe, state.layout, layers=self.tally.planned, branches=state.branches, shape=q.shape, dtype=q.dtype
+            self.recipe, state.layout, layers=self.tally.planned, branches=state.branches, shape=shape, dtype=q.dtype
         )
-        told.check(self.recipe)
+        replace(told, kept_bytes=told.kept_bytes // heads.ranks).check(self.recipe)
         self._affordable = asked
 
     def dense_reason(self, layer: int, tokens: int) -> str | None:
@@ -179,6 +187,7 @@ class Site:
 
     Attributes:
         slot: int64 scalar on the CPU, the number by which operators find the site.
+        group: as `Heads`, of the calls that are made.
     """
 
     _numbers = itertools.count()
@@ -189,6 +198,7 @@ class Site:
         self.run = run
         self.clock = clock
         self.home = home
+        self.group = ""
         number = next(Site._numbers)
         self.slot = torch.tensor(number)
         Site._sites[number] = self
@@ -220,9 +230,10 @@ class Site:
             backend: name of the dense backend that the processor asks for; empty for the default one.
         """
         if not torch.compiler.is_compiling():
-            return self.run.call(self.layer, q, k, v, axes=axes, scale=scale, refusal=refusal, dense=dense)
+            heads = Heads(self.group)
+            return self.run.call(self.layer, q, k, v, axes=axes, scale=scale, refusal=refusal, dense=dense, heads=heads)
         if refusal is None:
-            return cast(torch.Tensor, _attend(q, k, v, self.slot, self.clock, axes, scale, backend))
+            return cast(torch.Tensor, _attend(q, k, v, self.slot, self.clock, axes, scale, backend, self.group))
         _count_dense(self.slot, self.clock, refusal)
         return dense()
 
@@ -292,10 +303,12 @@ def _attend(
     axes: str,
     scale: float | None,
     backend: str,
+    group: str,
 ) -> torch.Tensor:
     site = Site.find(slot)
     dense = functools.partial(model_attention, site, q, k, v, None, axes=axes, scale=scale, backend=backend)
-    out = site.run.call(site.layer, q, k, v, axes=axes, scale=scale, refusal=None, dense=dense)
+    heads = Heads(group)
+    out = site.run.call(site.layer, q, k, v, axes=axes, scale=scale, refusal=None, dense=dense, heads=heads)
     return tokens_first(out, axes)
 
 
@@ -309,6 +322,7 @@ def _(
     axes: str,
     scale: float | None,
     backend: str,
+    group: str,
 ) -> torch.Tensor:
     return fake_tokens_first(q, axes)
 

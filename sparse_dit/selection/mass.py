@@ -69,18 +69,19 @@ class Mass(Dynamic):
             mass: fp32 [B, H, QB, KB].
             call: what else the budgets depend on.
         """
-        heads = mass.shape[1]
+        here = mass.shape[1]
+        heads = call.heads.total(here)
         base = blocks_of_share(self.density, call.k_blocks)
         kept = lists_to_mask(
             top_k_lists(mass, base, block_q=call.block_q, block_k=call.block_k, forced=call.forced), call.k_blocks
         )
-        recall = (mass * kept).sum(dim=(-2, -1)) / mass.sum(dim=(-2, -1))
+        recall = call.heads.gather((mass * kept).sum(dim=(-2, -1)) / mass.sum(dim=(-2, -1)), axis=1)
         rich = (recall > self.rich_above).sum(dim=-1, keepdim=True).clamp(max=heads // 2)
         rank = recall.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         more = min(call.k_blocks, 2 * base - max(1, base // 2))
         less = 2 * base - more
         budgets = torch.full_like(rank, base).masked_fill(rank < rich, less).masked_fill(rank >= heads - rich, more)
-        return budgets[..., None]
+        return call.heads.own(budgets, here, axis=1)[..., None]
 
     def expected_density(self, layout: TokenLayout, block_q: int, block_k: int) -> float:
         """See `Dynamic.expected_density`."""

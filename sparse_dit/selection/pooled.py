@@ -103,8 +103,9 @@ class Pooled(Dynamic):
             first[..., 0] = True
             forced = _joined(forced, first)
         if self.adjacent:
-            near = _adjacent_blocks(call.orders[0], call.layout, q.shape[1], call.block_q, call.block_k, scores.device)
-            forced = _joined(forced, near)
+            total = call.heads.total(q.shape[1])
+            near = _adjacent_blocks(call.orders[0], call.layout, total, call.block_q, call.block_k, scores.device)
+            forced = _joined(forced, call.heads.own(near, q.shape[1], axis=1))
         return Chosen(self._lists(scores, forced, call), call.table)
 
     def expected_density(self, layout: TokenLayout, block_q: int, block_k: int) -> float | None:
