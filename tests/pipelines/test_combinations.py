@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from sparse_dit.pipelines.patch import disable, enable, summary
 
@@ -186,6 +187,10 @@ def math_backend(model: Any) -> None:
     model.set_attention_backend("_native_math")
 
 
+def int8_weights(model: Any) -> None:
+    quantize_(model, Int8WeightOnlyConfig())
+
+
 ALL = [flux, hunyuan, cogvideo]
 COMBINATIONS = [
     *((lora, subject) for subject in ALL),
@@ -197,6 +202,7 @@ COMBINATIONS = [
     *((model_offload, subject) for subject in ALL),
     *((sequential_offload, subject) for subject in ALL),
     *((math_backend, subject) for subject in (flux, hunyuan)),
+    *((int8_weights, subject) for subject in ALL),
 ]
 
 
