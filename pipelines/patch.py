@@ -33,7 +33,8 @@ def enable(pipe: P, recipe: RecipeLike = "radial", *, strict: bool = False, timi
         pipe: a diffusers pipeline, or a bare transformer.
         recipe: the name of a shipped recipe, a YAML file, a mapping or a `Recipe`. With `dense` every call runs on the
             model's own dense backend and is only counted.
-        strict: raise, instead of warning once, when a forward makes other calls than planned.
+        strict: raise, instead of warning once, when a forward makes other calls than planned, or a call of other tokens
+            than its grid explains, or when processes share the tokens in a way that sparse attention cannot follow.
         timing: time every self-attention call for `summary`.
 
     Returns:

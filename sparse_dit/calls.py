@@ -10,7 +10,7 @@ from sparse_dit.kernels.backends import told_backend
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
-from sparse_dit.layout import TokenLayout, text_blocks
+from sparse_dit.layout import TokenLayout, block_spans, text_blocks
 from sparse_dit.orders import Clusters, Order, Rows
 from sparse_dit.parallel import ALL_HERE, Heads
 from sparse_dit.recipe import Recipe
@@ -229,10 +229,18 @@ def measured_density(blocks: BlockList, length: int) -> torch.Tensor:
         blocks: the lists.
         length: tokens of the sequence.
     """
-    key_blocks = -(-length // blocks.block_k)
     # A row ascends, so its last entry tells whether it has the ragged block at the end of the sequence.
-    last = blocks.indices.gather(-1, blocks.counts[..., None].long() - 1).squeeze(-1)
-    width = blocks.counts.double() * blocks.block_k - (last == key_blocks - 1) * (key_blocks * blocks.block_k - length)
-    height = torch.full(width.shape[-1:], blocks.block_q, dtype=torch.float64, device=width.device)
-    height[-1] -= len(height) * blocks.block_q - length
-    return (width @ height).mean() / length**2
+    key_blocks = -(-length // blocks.block_k)
+    missing = key_blocks - length / blocks.block_k
+    width = blocks.counts.double()
+    if missing:
+        last = blocks.indices.gather(-1, blocks.counts[..., None].long() - 1).squeeze(-1)
+        width = torch.add(width, last == key_blocks - 1, alpha=-missing)
+    return (width @ _row_shares(length, blocks.block_q, blocks.block_k, width.device)).mean()
+
+
+@functools.lru_cache(maxsize=16)
+def _row_shares(length: int, block_q: int, block_k: int, device: torch.device) -> torch.Tensor:
+    """What one key block adds to the density of a square call, by the block of queries; float64 [QB]."""
+    first, end = block_spans(length, block_q)
+    return ((end - first).double() * block_k / length**2).to(device)

@@ -25,7 +25,7 @@ from sparse_dit.forecast import forecast, is_dense
 from sparse_dit.layout import TokenLayout
 from sparse_dit.parallel import ALL_HERE, Heads
 from sparse_dit.recipe import Recipe, load_recipe
-from sparse_dit.state import RunState, Slot, Tally
+from sparse_dit.state import UNASKED, RunState, Slot, Tally
 
 __all__ = [
     "HEADS_FIRST",
@@ -48,7 +48,8 @@ class Run:
 
     Args:
         recipe: the method.
-        strict: whether a forward whose calls differ from the plan raises instead of warning once.
+        strict: whether a forward whose calls differ from the plan, and a call that is dense though nobody asked for it
+            (`UNASKED`), raise instead of warning once.
         timing: whether calls are timed.
     """
 
@@ -57,7 +58,7 @@ class Run:
         self.strict = strict
         self.state = RunState()
         self.tally = Tally(timing)
-        self._warned = False
+        self._told: set[str] = set()
         self._affordable: tuple[Any, ...] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Run":
@@ -91,11 +92,25 @@ class Run:
             f"{made} self-attention calls were made where {planned} were planned: a cache skips layers, "
             "or processors were replaced after sparse attention was enabled"
         )
+        self._tell(RuntimeError(message))
+
+    def _tell(self, error: Exception) -> None:
+        """Raise if the run is strict, else warn, once."""
         if self.strict:
-            raise RuntimeError(message)
-        if not self._warned:
-            self._warned = True
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            raise error
+        if str(error) not in self._told:
+            self._told.add(str(error))
+            warnings.warn(str(error), RuntimeWarning, stacklevel=3)
+
+    def count_dense(self, reason: str) -> None:
+        """Count a call that runs as the model made it.
+
+        Raises:
+            ValueError: nobody asked for it (`UNASKED`) and the run is strict.
+        """
+        if reason in UNASKED:
+            self._tell(ValueError(UNASKED[reason]))
+        self.tally.count_dense(reason)
 
     def call(
         self,
@@ -125,7 +140,8 @@ class Run:
             The output with the axes `axes` and the dtype of q.
 
         Raises:
-            ValueError: layers would keep more than the recipe's limit; told before the first sparse call.
+            ValueError: layers would keep more than the recipe's limit, told before the first sparse call; or as
+                `count_dense`.
         """
         tokens = q.shape[axes.split().index("s")]
         reason = refusal or self.dense_reason(layer, tokens)
@@ -133,7 +149,7 @@ class Run:
             self._check_state(q if axes == HEADS_FIRST else q.transpose(1, 2), heads)
         with self.tally.timed(q.device):
             if reason is not None:
-                self.tally.count_dense(reason)
+                self.count_dense(reason)
                 return dense()
             state, layout = self.state, self.state.layout
             assert layout is not None
@@ -303,7 +319,7 @@ def _attend(
     axes: str,
     scale: float | None,
     backend: str,
-    group: str,
+    group: str = "",
 ) -> torch.Tensor:
     site = Site.find(slot)
     dense = functools.partial(model_attention, site, q, k, v, None, axes=axes, scale=scale, backend=backend)
@@ -322,7 +338,7 @@ def _(
     axes: str,
     scale: float | None,
     backend: str,
-    group: str,
+    group: str = "",
 ) -> torch.Tensor:
     return fake_tokens_first(q, axes)
 
@@ -341,7 +357,7 @@ def _end_forward(slot: torch.Tensor, clock: torch.Tensor) -> None:
 
 @torch.library.custom_op("sparse_dit::count_dense", mutates_args=("clock",))
 def _count_dense(slot: torch.Tensor, clock: torch.Tensor, reason: str) -> None:
-    Site.find(slot).run.tally.count_dense(reason)
+    Site.find(slot).run.count_dense(reason)
 
 
 def sparse_attention(

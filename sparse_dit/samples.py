@@ -161,7 +161,7 @@ class Layer(Site):
         # A cache may have taken samples out of the batch after the forward's arguments were read.
         if mask is None or len(samples) not in (1, q.shape[0]) or max(ends) > q.shape[axis]:
             for _ in samples[1:]:  # planned as one call a sample
-                self.run.tally.count_dense("unknown_grid")
+                self.run.count_dense("unknown_grid")
             return call(q, k, v, refusal="unknown_grid", dense=functools.partial(dense, q, k, v, mask))
         # Padding queries feed only padding, so what they get does not matter.
         out = q.new_zeros(q.shape)
@@ -195,7 +195,7 @@ class Layer(Site):
         reason = tokens.refusal or self.run.dense_reason(self.layer, 0 if layout is None else layout.length)
         if reason is not None and tokens.refusal is None and not is_dense(self.run.recipe):
             for _ in tokens.samples[1:]:  # planned as one call a sample
-                self.run.tally.count_dense(reason)
+                self.run.count_dense(reason)
         return (None, shards) if reason is None else (reason, None)
 
     @contextmanager

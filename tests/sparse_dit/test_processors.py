@@ -172,6 +172,7 @@ class Forwarding:
         return dispatch_attention_fn(x, x, x, **options)
 
 
+@pytest.mark.filterwarnings("ignore:enable_parallelism")
 @pytest.mark.parametrize(
     ("options", "reason"),
     [({"parallel_config": SHARED}, "shared_text"), ({"attention_kwargs": {"window": 3}}, "attention_kwargs")],
