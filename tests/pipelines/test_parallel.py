@@ -72,6 +72,29 @@ def flux() -> Subject:
     return Subject(model, arguments)
 
 
+def flux2() -> Subject:
+    """As FLUX.1, with a reference image, which is shared together with the image in front of it."""
+    torch.manual_seed(0)
+    model = diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=4,
+        joint_attention_dim=16, axes_dims_rope=(8, 8, 8, 8), timestep_guidance_channels=16,
+    )  # fmt: skip
+    images = [
+        torch.cartesian_prod(torch.tensor([image]), *map(torch.arange, sides), torch.tensor([0]))
+        for image, sides in ((0, IMAGE), (10, (5, 10)))
+    ]
+    ids = torch.cat(images)[None]
+    arguments = {
+        "hidden_states": torch.randn(1, ids.shape[1], 4),
+        "encoder_hidden_states": torch.randn(1, 8, 16),
+        "timestep": 0.5,
+        "img_ids": ids,
+        "txt_ids": torch.zeros(1, 8, 4),
+        "guidance": torch.tensor([4.0]),
+    }
+    return Subject(model, arguments)
+
+
 def qwen() -> Subject:
     """Two samples whose text is padded, between text and image, to different lengths."""
     torch.manual_seed(0)
@@ -177,6 +200,7 @@ CASES = {
     "flux radial": Case(flux, RADIAL),
     "flux hilbert": Case(flux, {**POOLED, "order": {"name": "hilbert"}}),
     "flux heads that are compared": Case(flux, MASS),
+    "flux2 tiles": Case(flux2, {**POOLED, **TILES}),
     "qwen pooled": Case(qwen, POOLED),
     "qwen compiled": Case(qwen, POOLED, after=True, compiled=True),
     "flux tensor parallel, heads in orders of their own": Case(
