@@ -139,9 +139,11 @@ def attend(
     whole = None
     if isinstance(recipe.selection, Dynamic):
         chosen, whole = _choose(recipe, layout, q, k, v, scale, layer, step, slot, refresh, spread)
-        density: float | torch.Tensor = measured_density(chosen.blocks, layout.length)
-        if chosen.heads is not None:
-            density = density * (len(chosen.heads) / q.shape[1])
+        if refresh or slot.density is None:
+            slot.density = measured_density(chosen.blocks, layout.length)
+            if chosen.heads is not None:
+                slot.density = slot.density * (len(chosen.heads) / q.shape[1])
+        density: float | torch.Tensor = slot.density
     else:
         planned = plan(recipe, layout, q.device, q.shape[1], spread)
         chosen, density = Chosen(planned.blocks, planned.table), planned.density

@@ -48,12 +48,14 @@ class Slot(dict[str, torch.Tensor]):
     Attributes:
         refreshed: step at which its selection was last computed anew; `None` before the first time.
         signature: what the tensors were made for, such as layout and batch size.
+        density: of what was computed anew last, where the content decides it; as `Attended.density`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.refreshed: int | None = None
         self.signature: Hashable = None
+        self.density: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
