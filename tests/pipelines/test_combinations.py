@@ -16,7 +16,6 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from sparse_dit.pipelines.patch import disable, enable, summary
 
@@ -188,6 +187,8 @@ def math_backend(model: Any) -> None:
 
 
 def int8_weights(model: Any) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
     quantize_(model, Int8WeightOnlyConfig())
 
 
