@@ -20,6 +20,8 @@ __all__ = ["Explanation", "StepPlan", "Summary", "disable", "enable", "explain",
 
 _PATCH = "_sparse_dit"
 _CONTEXT = "cache_context"
+# Where diffusers keeps what `enable_parallelism` was given.
+_PARALLEL = "_parallel_config"
 
 P = TypeVar("P")
 
@@ -31,7 +33,8 @@ def enable(pipe: P, recipe: RecipeLike = "radial", *, strict: bool = False, timi
         pipe: a diffusers pipeline, or a bare transformer.
         recipe: the name of a shipped recipe, a YAML file, a mapping or a `Recipe`. With `dense` every call runs on the
             model's own dense backend and is only counted.
-        strict: raise, instead of warning once, when a forward makes other calls than planned.
+        strict: raise, instead of warning once, when a forward makes other calls than planned, or a call of other tokens
+            than its grid explains, or when processes share the tokens in a way that sparse attention cannot follow.
         timing: time every self-attention call for `summary`.
 
     Returns:
@@ -142,6 +145,7 @@ class _Patch:
             transformer.register_forward_pre_hook(before, with_kwargs=True),
             transformer.register_forward_hook(self.after_forward),
         ]
+        self._note_tensor_parallelism()
         # Set on the instance, so that other models of the class are not touched; `remove` deletes it again.
         if hasattr(transformer, _CONTEXT):
             setattr(transformer, _CONTEXT, _CacheContext(getattr(transformer, _CONTEXT), run))
@@ -162,13 +166,26 @@ class _Patch:
         """Read grid, text and noise level from the forward's own arguments."""
         if not torch.compiler.is_compiling():
             self.installed.renew()
+            self._note_tensor_parallelism()
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         noise = self.family.noise.level(torch.as_tensor(arguments[self.family.noise.argument]), self.config)
         if self.family.reads:
-            self._begin_read(self.family.read(arguments, self.config), noise)
+            reading = self.family.read(arguments, self.config)
+            grid = reading.samples[0].layout.grid
+            self._begin_read(reading, noise)
         else:
-            sites = self.installed.sites
-            begin_forward(sites[0], self.family.layout(arguments, self.config), noise, len(sites))
+            sites, layout = self.installed.sites, self.family.layout(arguments, self.config)
+            grid = layout[:3]
+            begin_forward(sites[0], layout, noise, len(sites))
+        if getattr(module, _PARALLEL, None) is not None:
+            self.installed.tokens.stretches = self.family.stretches(arguments, self.config, grid)
+
+    def _note_tensor_parallelism(self) -> None:
+        """Tell the layers over which processes their heads are spread; context parallelism tells in every call."""
+        config = getattr(getattr(self.transformer, _PARALLEL, None), "tensor_parallel_config", None)
+        if config is not None:
+            for site in self.installed.sites:
+                site.group = config._mesh.get_group().group_name
 
     def _begin_read(self, reading: Reading, noise: torch.Tensor) -> None:
         """Begin a forward whose tokens had to be read."""

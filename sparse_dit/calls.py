@@ -10,8 +10,9 @@ from sparse_dit.kernels.backends import told_backend
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
-from sparse_dit.layout import TokenLayout, text_blocks
+from sparse_dit.layout import TokenLayout, block_spans, text_blocks
 from sparse_dit.orders import Clusters, Order, Rows
+from sparse_dit.parallel import ALL_HERE, Heads
 from sparse_dit.recipe import Recipe
 from sparse_dit.selection import Call, Chosen, Dynamic, Every, Selection
 from sparse_dit.skipped import Reuse, Summarize
@@ -32,14 +33,15 @@ class Plan(NamedTuple):
     table: torch.Tensor | None
 
 
-def plan(recipe: Recipe, layout: TokenLayout, device: torch.device, heads: int = 1) -> Plan:
+def plan(recipe: Recipe, layout: TokenLayout, device: torch.device, heads: int = 1, spread: Heads = ALL_HERE) -> Plan:
     """The plan of a recipe with a static selection for a token layout; computed once, then cached.
 
     Args:
         recipe: the method.
         layout: the tokens of the call.
         device: where the call runs.
-        heads: attention heads; matters to orders and selections that differ by head.
+        heads: attention heads of a call; matters to orders and selections that differ by head.
+        spread: which of the layer's heads they are.
 
     Raises:
         ValueError: the recipe's selection is dynamic: what it computes depends on the content.
@@ -48,7 +50,7 @@ def plan(recipe: Recipe, layout: TokenLayout, device: torch.device, heads: int =
         raise ValueError(
             f"recipe: the selection of {recipe.name!r} depends on the content; valid: a recipe with a static selection"
         )
-    return _plan(recipe.order, recipe.selection, layout, recipe.block_q, recipe.block_k, device, heads)
+    return _plan(recipe.order, recipe.selection, layout, recipe.block_q, recipe.block_k, device, heads, spread)
 
 
 @functools.lru_cache(maxsize=16)
@@ -60,17 +62,21 @@ def _plan(
     block_k: int,
     device: torch.device,
     heads: int,
+    spread: Heads,
 ) -> Plan:
-    mask = selection.select(layout, block_q, block_k, order.table(layout, heads), heads)
+    total = spread.total(heads)
+    mask = spread.own(selection.select(layout, block_q, block_k, order.table(layout, total), total), heads)
     rows, columns = text_blocks(layout, block_q, block_k)
     blocks = mask_to_lists((mask | rows[:, None] | columns)[None], block_q, block_k)
-    return Plan(blocks.to(device), blocks.density(layout.length, layout.length), _table(order, layout, heads, device))
+    return Plan(
+        blocks.to(device), blocks.density(layout.length, layout.length), _table(order, layout, heads, spread, device)
+    )
 
 
 @functools.lru_cache(maxsize=16)
-def _table(order: Order, layout: TokenLayout, heads: int, device: torch.device) -> torch.Tensor | None:
-    table = order.table(layout, heads)
-    return None if table is None else table.to(device)
+def _table(order: Order, layout: TokenLayout, heads: int, spread: Heads, device: torch.device) -> torch.Tensor | None:
+    table = order.table(layout, spread.total(heads))
+    return None if table is None else spread.own(table, heads).to(device)
 
 
 @functools.lru_cache(maxsize=16)
@@ -110,6 +116,7 @@ def attend(
     layer: int,
     step: int,
     slot: Slot,
+    spread: Heads = ALL_HERE,
 ) -> Attended:
     """Compute one sparse attention call.
 
@@ -125,17 +132,20 @@ def attend(
         layer: index of the self-attention layer.
         step: denoising step from 0.
         slot: what the layer keeps between steps, made for this layout and these shapes; changed.
+        spread: which of the layer's heads the call has.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     refresh = recipe.schedule.refreshes(step, slot.refreshed)
     whole = None
     if isinstance(recipe.selection, Dynamic):
-        chosen, whole = _choose(recipe, layout, q, k, v, scale, layer, step, slot, refresh)
-        density: float | torch.Tensor = measured_density(chosen.blocks, layout.length)
-        if chosen.heads is not None:
-            density = density * (len(chosen.heads) / q.shape[1])
+        chosen, whole = _choose(recipe, layout, q, k, v, scale, layer, step, slot, refresh, spread)
+        if refresh or slot.density is None:
+            slot.density = measured_density(chosen.blocks, layout.length)
+            if chosen.heads is not None:
+                slot.density = slot.density * (len(chosen.heads) / q.shape[1])
+        density: float | torch.Tensor = slot.density
     else:
-        planned = plan(recipe, layout, q.device, q.shape[1])
+        planned = plan(recipe, layout, q.device, q.shape[1], spread)
         chosen, density = Chosen(planned.blocks, planned.table), planned.density
     keeps_output = refresh and isinstance(recipe.skipped, Reuse)
     if keeps_output and whole is None:
@@ -169,7 +179,15 @@ def attend(
 
 
 def describe(
-    recipe: Recipe, layout: TokenLayout, q: torch.Tensor, *, scale: float, layer: int, step: int, slot: Slot
+    recipe: Recipe,
+    layout: TokenLayout,
+    q: torch.Tensor,
+    *,
+    scale: float,
+    layer: int,
+    step: int,
+    slot: Slot,
+    spread: Heads = ALL_HERE,
 ) -> Call:
     """The call as a recipe's dynamic selection is told of it; arguments as `attend`."""
     assert isinstance(recipe.selection, Dynamic)
@@ -178,7 +196,8 @@ def describe(
         layout=layout,
         orders=orders,
         tables=tuple(
-            None if isinstance(order, Clusters) else _table(order, layout, q.shape[1], q.device) for order in orders
+            None if isinstance(order, Clusters) else _table(order, layout, q.shape[1], spread, q.device)
+            for order in orders
         ),
         block_q=recipe.block_q,
         block_k=recipe.block_k,
@@ -186,6 +205,7 @@ def describe(
         layer=layer,
         step=step,
         slot=slot,
+        heads=spread,
         forced=_forced(layout, recipe.block_q, recipe.block_k, q.device),
     )
 
@@ -201,11 +221,12 @@ def _choose(
     step: int,
     slot: Slot,
     refresh: bool,
+    spread: Heads,
 ) -> tuple[Chosen, tuple[torch.Tensor, torch.Tensor] | None]:
     """What a dynamic selection computes, and the whole call (out, lse) if one was needed to know it."""
     selection = recipe.selection
     assert isinstance(selection, Dynamic)
-    call = describe(recipe, layout, q, scale=scale, layer=layer, step=step, slot=slot)
+    call = describe(recipe, layout, q, scale=scale, layer=layer, step=step, slot=slot, spread=spread)
     if isinstance(recipe.order, Clusters):
         keeps = recipe.schedule.keeps
         chosen = choose_clustered(recipe.order, selection, q, k, v, call, refresh=refresh, keeps=keeps)
@@ -228,7 +249,7 @@ def _choose(
 def _whole(
     recipe: Recipe, layout: TokenLayout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    blocks = _plan(Rows(), Every(), layout, recipe.block_q, recipe.block_k, q.device, 1).blocks
+    blocks = _plan(Rows(), Every(), layout, recipe.block_q, recipe.block_k, q.device, 1, ALL_HERE).blocks
     return block_sparse_attention(q, k, v, blocks, scale=scale)
 
 
@@ -239,10 +260,18 @@ def measured_density(blocks: BlockList, length: int) -> torch.Tensor:
         blocks: the lists.
         length: tokens of the sequence.
     """
-    key_blocks = -(-length // blocks.block_k)
     # A row ascends, so its last entry tells whether it has the ragged block at the end of the sequence.
-    last = blocks.indices.gather(-1, blocks.counts[..., None].long() - 1).squeeze(-1)
-    width = blocks.counts.double() * blocks.block_k - (last == key_blocks - 1) * (key_blocks * blocks.block_k - length)
-    height = torch.full(width.shape[-1:], blocks.block_q, dtype=torch.float64, device=width.device)
-    height[-1] -= len(height) * blocks.block_q - length
-    return (width * height).sum(dim=-1).mean() / length**2
+    key_blocks = -(-length // blocks.block_k)
+    missing = key_blocks - length / blocks.block_k
+    width = blocks.counts.double()
+    if missing:
+        last = blocks.indices.gather(-1, blocks.counts[..., None].long() - 1).squeeze(-1)
+        width = torch.add(width, last == key_blocks - 1, alpha=-missing)
+    return (width @ _row_shares(length, blocks.block_q, blocks.block_k, width.device)).mean()
+
+
+@functools.lru_cache(maxsize=16)
+def _row_shares(length: int, block_q: int, block_k: int, device: torch.device) -> torch.Tensor:
+    """What one key block adds to the density of a square call, by the block of queries; float64 [QB]."""
+    first, end = block_spans(length, block_q)
+    return ((end - first).double() * block_k / length**2).to(device)

@@ -13,6 +13,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -22,8 +23,9 @@ from einops import rearrange
 from sparse_dit.calls import attend, plan
 from sparse_dit.forecast import forecast, is_dense
 from sparse_dit.layout import TokenLayout
+from sparse_dit.parallel import ALL_HERE, Heads
 from sparse_dit.recipe import Recipe, load_recipe
-from sparse_dit.state import RunState, Slot, Tally
+from sparse_dit.state import UNASKED, RunState, Slot, Tally
 
 __all__ = [
     "HEADS_FIRST",
@@ -46,7 +48,8 @@ class Run:
 
     Args:
         recipe: the method.
-        strict: whether a forward whose calls differ from the plan raises instead of warning once.
+        strict: whether a forward whose calls differ from the plan, and a call that is dense though nobody asked for it
+            (`UNASKED`), raise instead of warning once.
         timing: whether calls are timed.
     """
 
@@ -55,7 +58,7 @@ class Run:
         self.strict = strict
         self.state = RunState()
         self.tally = Tally(timing)
-        self._warned = False
+        self._told: set[str] = set()
         self._affordable: tuple[Any, ...] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Run":
@@ -89,11 +92,25 @@ class Run:
             f"{made} self-attention calls were made where {planned} were planned: a cache skips layers, "
             "or processors were replaced after sparse attention was enabled"
         )
+        self._tell(RuntimeError(message))
+
+    def _tell(self, error: Exception) -> None:
+        """Raise if the run is strict, else warn, once."""
         if self.strict:
-            raise RuntimeError(message)
-        if not self._warned:
-            self._warned = True
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            raise error
+        if str(error) not in self._told:
+            self._told.add(str(error))
+            warnings.warn(str(error), RuntimeWarning, stacklevel=3)
+
+    def count_dense(self, reason: str) -> None:
+        """Count a call that runs as the model made it.
+
+        Raises:
+            ValueError: nobody asked for it (`UNASKED`) and the run is strict.
+        """
+        if reason in UNASKED:
+            self._tell(ValueError(UNASKED[reason]))
+        self.tally.count_dense(reason)
 
     def call(
         self,
@@ -106,6 +123,7 @@ class Run:
         scale: float | None,
         refusal: str | None,
         dense: Callable[[], torch.Tensor],
+        heads: Heads = ALL_HERE,
     ) -> torch.Tensor:
         """Compute one self-attention call.
 
@@ -116,42 +134,48 @@ class Run:
             scale: factor on the scores; `None` is 1 / sqrt(d).
             refusal: why the call cannot be sparse, if so.
             dense: the call as the model would have made it.
+            heads: which of the layer's heads the call has.
 
         Returns:
             The output with the axes `axes` and the dtype of q.
 
         Raises:
-            ValueError: layers would keep more than the recipe's limit; told before the first sparse call.
+            ValueError: layers would keep more than the recipe's limit, told before the first sparse call; or as
+                `count_dense`.
         """
         tokens = q.shape[axes.split().index("s")]
         reason = refusal or self.dense_reason(layer, tokens)
         if self.recipe.state_limit is not None and refusal is None:
-            self._check_state(q if axes == HEADS_FIRST else q.transpose(1, 2))
+            self._check_state(q if axes == HEADS_FIRST else q.transpose(1, 2), heads)
         with self.tally.timed(q.device):
             if reason is not None:
-                self.tally.count_dense(reason)
+                self.count_dense(reason)
                 return dense()
             state, layout = self.state, self.state.layout
             assert layout is not None
             q, k, v = (rearrange(x, f"{axes} -> {HEADS_FIRST}") for x in (q, k, v))
             slot = state.slot(layer, (layout, q.shape, q.dtype, q.device))
-            done = attend(self.recipe, layout, q, k, v, scale=scale, layer=layer, step=state.step, slot=slot)
+            done = attend(
+                self.recipe, layout, q, k, v, scale=scale, layer=layer, step=state.step, slot=slot, spread=heads
+            )
             if done.whole:
                 self.tally.count_dense("refresh", done.backend)
             else:
                 self.tally.count_sparse(done.density, done.backend)
             return rearrange(done.out, f"{HEADS_FIRST} -> {axes}")
 
-    def _check_state(self, q: torch.Tensor) -> None:
+    def _check_state(self, q: torch.Tensor, heads: Heads) -> None:
         """Raises ValueError when layers would keep more than the recipe allows; q is [B, H, S, D]."""
         state = self.state
         asked = (state.layout, state.branches, q.shape, q.dtype)
         if state.layout is None or self._affordable == asked:
             return
+        batch, here, tokens, size = q.shape
+        shape = (batch, heads.total(here), tokens, size)
         told = forecast(
-            self.recipe, state.layout, layers=self.tally.planned, branches=state.branches, shape=q.shape, dtype=q.dtype
+            self.recipe, state.layout, layers=self.tally.planned, branches=state.branches, shape=shape, dtype=q.dtype
         )
-        told.check(self.recipe)
+        replace(told, kept_bytes=told.kept_bytes // heads.ranks).check(self.recipe)
         self._affordable = asked
 
     def dense_reason(self, layer: int, tokens: int) -> str | None:
@@ -179,6 +203,7 @@ class Site:
 
     Attributes:
         slot: int64 scalar on the CPU, the number by which operators find the site.
+        group: as `Heads`, of the calls that are made.
     """
 
     _numbers = itertools.count()
@@ -189,6 +214,7 @@ class Site:
         self.run = run
         self.clock = clock
         self.home = home
+        self.group = ""
         number = next(Site._numbers)
         self.slot = torch.tensor(number)
         Site._sites[number] = self
@@ -220,9 +246,10 @@ class Site:
             backend: name of the dense backend that the processor asks for; empty for the default one.
         """
         if not torch.compiler.is_compiling():
-            return self.run.call(self.layer, q, k, v, axes=axes, scale=scale, refusal=refusal, dense=dense)
+            heads = Heads(self.group)
+            return self.run.call(self.layer, q, k, v, axes=axes, scale=scale, refusal=refusal, dense=dense, heads=heads)
         if refusal is None:
-            return cast(torch.Tensor, _attend(q, k, v, self.slot, self.clock, axes, scale, backend))
+            return cast(torch.Tensor, _attend(q, k, v, self.slot, self.clock, axes, scale, backend, self.group))
         _count_dense(self.slot, self.clock, refusal)
         return dense()
 
@@ -292,10 +319,12 @@ def _attend(
     axes: str,
     scale: float | None,
     backend: str,
+    group: str = "",
 ) -> torch.Tensor:
     site = Site.find(slot)
     dense = functools.partial(model_attention, site, q, k, v, None, axes=axes, scale=scale, backend=backend)
-    out = site.run.call(site.layer, q, k, v, axes=axes, scale=scale, refusal=None, dense=dense)
+    heads = Heads(group)
+    out = site.run.call(site.layer, q, k, v, axes=axes, scale=scale, refusal=None, dense=dense, heads=heads)
     return tokens_first(out, axes)
 
 
@@ -309,6 +338,7 @@ def _(
     axes: str,
     scale: float | None,
     backend: str,
+    group: str = "",
 ) -> torch.Tensor:
     return fake_tokens_first(q, axes)
 
@@ -327,7 +357,7 @@ def _end_forward(slot: torch.Tensor, clock: torch.Tensor) -> None:
 
 @torch.library.custom_op("sparse_dit::count_dense", mutates_args=("clock",))
 def _count_dense(slot: torch.Tensor, clock: torch.Tensor, reason: str) -> None:
-    Site.find(slot).run.tally.count_dense(reason)
+    Site.find(slot).run.count_dense(reason)
 
 
 def sparse_attention(

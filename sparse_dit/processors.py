@@ -226,16 +226,25 @@ def _rebound_dispatch(source: types.ModuleType) -> Callable[..., torch.Tensor]:
             "dropout": dropout_p > 0.0,
             "causal": is_causal,
             "attention_kwargs": bool(attention_kwargs),
-            "parallel": parallel_config is not None,
         }
 
-        def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-            options = {"backend": backend, "parallel_config": parallel_config}
+        def dense(
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            mask: torch.Tensor | None,
+            parallel: Any = parallel_config,
+        ) -> torch.Tensor:
+            options = {"backend": backend, "parallel_config": parallel}
             output: torch.Tensor = source.dispatch_attention_fn(
                 q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, **options
             )
             return output
 
+        processes = None
+        if parallel_config is not None:
+            # Of ring, of Ulysses and of both: how processes share the tokens is the same.
+            processes = parallel_config.context_parallel_config._flattened_mesh.get_group()
         layer, index = _next_call()
         return layer.attend(
             query,
@@ -248,6 +257,8 @@ def _rebound_dispatch(source: types.ModuleType) -> Callable[..., torch.Tensor]:
             backend="" if backend is None else str(getattr(backend, "value", backend)),
             refusal=_refusal(query, key, value, 1, features),
             dense=dense,
+            processes=processes,
+            dense_here=functools.partial(dense, parallel=None),
         )
 
     return dispatch_attention_fn

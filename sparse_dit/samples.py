@@ -15,6 +15,7 @@ import torch
 
 from sparse_dit.engine import Run, Site, fake_tokens_first, is_dense, model_attention, tokens_first
 from sparse_dit.layout import TokenLayout
+from sparse_dit.parallel import Shards, shards_of
 
 Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """The call as the model would have made it, of q, k, v and mask."""
@@ -48,6 +49,8 @@ class Tokens:
         apart: whether processors make one call a sample.
         samples: where the tokens stand, one entry a sample, or a single one for all.
         refusal: why the whole forward stays dense, or `None`.
+        stretches: tokens of each stretch of the sequence that several processes share by itself, paddings included, in
+            order; `None` where that is not known.
     """
 
     read: bool = False
@@ -55,6 +58,7 @@ class Tokens:
     apart: bool = False
     samples: tuple[Sample, ...] = ()
     refusal: str | None = None
+    stretches: tuple[int, ...] | None = None
 
 
 class Layer(Site):
@@ -89,6 +93,8 @@ class Layer(Site):
         backend: str,
         refusal: str | None,
         dense: Dense,
+        processes: Any = None,
+        dense_here: Dense | None = None,
     ) -> torch.Tensor:
         """Compute a call, trimmed where the tokens say so; traceable.
 
@@ -98,6 +104,9 @@ class Layer(Site):
             index: which of the layer's calls in this forward it is.
             axes, scale, backend, refusal: as `Site.call`.
             dense: the call as the model would have made it.
+            processes: the process group over which the sequence is spread, `None` where all of it is here; `axes` are
+                then `TOKENS_FIRST`.
+            dense_here: with `processes`, the model's attention of whole sequences, which asks no other process.
 
         Returns:
             The output with the axes `axes`; zeros where the sequence is padding.
@@ -107,11 +116,20 @@ class Layer(Site):
             return dense(q, k, v, mask)
         if mask is not None and not self.tokens.removes_masks:
             refusal = refusal or "mask"
+        if processes is not None and dense_here is not None:
+            refusal, shards = self._share(q, processes, refusal)
+            if shards is not None:
+                self.group = shards.name
+                q, k, v = shards.gather(q, k, v)
+                mask = None if mask is None else shards.gather_mask(mask)
+                options: dict[str, Any] = {"index": index, "axes": axes, "scale": scale, "backend": backend}
+                return shards.scatter(self.attend(q, k, v, mask, **options, refusal=None, dense=dense_here))
         if refusal is not None or not self.tokens.read:
             whole = functools.partial(dense, q, k, v, mask)
             return self.call(q, k, v, axes=axes, scale=scale, backend=backend, refusal=refusal, dense=whole)
         if torch.compiler.is_compiling():
-            return cast(torch.Tensor, _attend_read(q, k, v, mask, self.slot, self.clock, axes, scale, backend, index))
+            told = (axes, scale, backend, index, self.group)
+            return cast(torch.Tensor, _attend_read(q, k, v, mask, self.slot, self.clock, *told))
         return self.attend_read(q, k, v, mask, axes=axes, scale=scale, index=index, dense=dense)
 
     def attend_read(
@@ -143,7 +161,7 @@ class Layer(Site):
         # A cache may have taken samples out of the batch after the forward's arguments were read.
         if mask is None or len(samples) not in (1, q.shape[0]) or max(ends) > q.shape[axis]:
             for _ in samples[1:]:  # planned as one call a sample
-                self.run.tally.count_dense("unknown_grid")
+                self.run.count_dense("unknown_grid")
             return call(q, k, v, refusal="unknown_grid", dense=functools.partial(dense, q, k, v, mask))
         # Padding queries feed only padding, so what they get does not matter.
         out = q.new_zeros(q.shape)
@@ -158,6 +176,27 @@ class Layer(Site):
                 target.narrow(axis, begin, length).copy_(part.narrow(axis, start, length))
                 start += length
         return out
+
+    def _share(self, q: torch.Tensor, processes: Any, refusal: str | None) -> tuple[str | None, Shards | None]:
+        """Why a call of which this process has some tokens must run as the model made it, or how all have them."""
+        tokens = self.tokens
+        if refusal is not None:
+            return refusal, None
+        if tokens.stretches is None or tokens.apart or self.alone:
+            return "shared_text", None
+        shards = shards_of(processes, tokens.stretches)
+        if shards.lengths[shards.rank] != q.shape[1]:
+            return "unknown_shares", None
+        if q.shape[2] % len(shards.pieces):
+            return "uneven_heads", None
+        if torch.compiler.is_compiling():
+            return None, shards  # whether it is dense is known when the graph runs
+        layout = self.run.state.layout
+        reason = tokens.refusal or self.run.dense_reason(self.layer, 0 if layout is None else layout.length)
+        if reason is not None and tokens.refusal is None and not is_dense(self.run.recipe):
+            for _ in tokens.samples[1:]:  # planned as one call a sample
+                self.run.count_dense(reason)
+        return (None, shards) if reason is None else (reason, None)
 
     @contextmanager
     def _sample(self, sample: Sample, number: int | None) -> Iterator[None]:
@@ -190,8 +229,10 @@ def _attend_read(
     scale: float | None,
     backend: str,
     index: int,
+    group: str,
 ) -> torch.Tensor:
     layer = cast(Layer, Site.find(slot))
+    layer.group = group
     dense = functools.partial(model_attention, layer, axes=axes, scale=scale, backend=backend)
     out = layer.attend_read(q, k, v, mask, axes=axes, scale=scale, index=index, dense=dense)
     return tokens_first(out, axes)
@@ -209,5 +250,6 @@ def _(
     scale: float | None,
     backend: str,
     index: int,
+    group: str,
 ) -> torch.Tensor:
     return fake_tokens_first(q, axes)

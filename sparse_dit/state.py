@@ -11,6 +11,23 @@ import torch
 
 from sparse_dit.layout import TokenLayout
 
+_SHARED = "enable_parallelism: its calls stay dense, as"
+# Reasons for dense calls that nobody asked for, and what the user could change.
+UNASKED = {
+    "unknown_grid": (
+        "hidden_states: a self-attention call has other tokens than its forward's grid and text, and stays dense; "
+        "valid: sizes as the model's own pipeline passes them, see the remarks of `sparse-dit families`"
+    ),
+    "shared_text": (
+        f"{_SHARED} it is not known how processes share this model's text; "
+        "valid: a model whose row in sparse_dit.pipelines.families says what is `shared`"
+    ),
+    "unknown_shares": (
+        f"{_SHARED} this process has another part of the tokens than an equal one; valid: the model's own plan"
+    ),
+    "uneven_heads": f"{_SHARED} the heads do not go evenly into the processes; valid: a degree that divides them",
+}
+
 
 @dataclass(frozen=True)
 class Context:
@@ -31,12 +48,14 @@ class Slot(dict[str, torch.Tensor]):
     Attributes:
         refreshed: step at which its selection was last computed anew; `None` before the first time.
         signature: what the tensors were made for, such as layout and batch size.
+        density: of what was computed anew last, where the content decides it; as `Attended.density`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.refreshed: int | None = None
         self.signature: Hashable = None
+        self.density: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:

@@ -1,5 +1,6 @@
 """What a row of the table says of a model family, and how a forward is read by it."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -86,6 +87,9 @@ class Family:
         uniform: name of an argument; when all of it is nonzero, a mask that reaches a call changes nothing and is
             removed.
         apart: whether the processors call attention once a sample, without the sample's padding.
+        shared: names of arguments whose tokens several processes share by themselves, apart from those of the grid and
+            of all other spans, under diffusers' plan of context parallelism (`_cp_plan`); `None` where there are spans
+            and no plan.
         alone: patterns of those layers that see the grid without the spans.
         dense_when: calls to leave alone.
         remark: what else stays dense, for `explain` and the table.
@@ -100,6 +104,7 @@ class Family:
     padded: bool = False
     uniform: str = ""
     apart: bool = False
+    shared: tuple[str, ...] | None = None
     alone: tuple[str, ...] = ()
     dense_when: tuple[DenseWhen, ...] = ()
     remark: str = ""
@@ -137,6 +142,26 @@ class Family:
     def sees_grid_alone(self, path: str) -> bool:
         """Whether the layer with this module path sees the grid without the spans."""
         return any(_matcher(pattern).fullmatch(path) for pattern in self.alone)
+
+    def stretches(self, arguments: Arguments, config: Arguments, grid: Grid) -> tuple[int, ...] | None:
+        """Tokens of each stretch of the sequence that several processes share by itself, paddings included.
+
+        Args:
+            arguments: the arguments of the forward, by name.
+            config: the transformer's configuration.
+            grid: of the forward.
+        """
+        if self.spans and self.shared is None:
+            return None
+        common = math.prod(grid)
+        sides: dict[str, list[int]] = {"before": [], "after": []}
+        for span in self.spans:
+            width = span.width(arguments, config, grid)
+            if getattr(span, "argument", None) not in (self.shared or ()):
+                common += width
+            else:
+                sides[span.side].append(width)
+        return (*sides["before"], common, *sides["after"])
 
     def layout(self, arguments: Arguments, config: Arguments) -> tuple[int, int, int, int, int]:
         """(T, H, W, tokens before, tokens after) of a forward, when its shapes tell everything (`reads` is false)."""

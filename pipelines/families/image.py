@@ -18,6 +18,7 @@ IMAGE = (
         DUAL_AND_SINGLE,
         Positions(),
         spans=TEXT_THEN_IMAGES,
+        shared=("encoder_hidden_states",),
         noise=FRACTION,
     ),
     Family(
@@ -26,6 +27,7 @@ IMAGE = (
         DUAL_AND_SINGLE,
         Positions(),
         spans=TEXT_THEN_IMAGES,
+        shared=("encoder_hidden_states",),
         noise=FRACTION,
         dense_when=(DenseWhen("kv_cache_mode", "reference_cache", unseen=True),),
         remark="klein's cached reference images (kv_cache_mode): reference_cache",
@@ -95,6 +97,7 @@ IMAGE = (
         BLOCKS,
         Shapes(),
         spans=(PaddedText("before", 256, "encoder_hidden_states_mask", in_front=True), References()),
+        shared=("encoder_hidden_states",),
         noise=FRACTION,
         padded=True,
     ),

@@ -170,6 +170,9 @@ class Span(Protocol):
     def tokens(self, arguments: Arguments, config: Arguments, grid: Grid) -> tuple[int, ...]:
         """How many there are, in each sample of the batch; a single number when it is the same in all."""
 
+    def width(self, arguments: Arguments, config: Arguments, grid: Grid) -> int:
+        """How many places they take in the sequence, padding included."""
+
     def expected(self, config: Arguments, grid: Grid) -> int:
         """How many a pipeline passes by default on a grid."""
 
@@ -185,6 +188,14 @@ class _Unpadded:
 
     usual: int
     reads = False
+
+    def tokens(self, arguments: Arguments, config: Arguments, grid: Grid) -> tuple[int, ...]:
+        """See `Span.tokens`."""
+        raise NotImplementedError
+
+    def width(self, arguments: Arguments, config: Arguments, grid: Grid) -> int:
+        """See `Span.width`."""
+        return max(self.tokens(arguments, config, grid))
 
     def expected(self, config: Arguments, grid: Grid) -> int:
         """See `Span.expected`."""
@@ -261,10 +272,14 @@ class PaddedText:
         """See `Span.tokens`."""
         mask = arguments.get(self.mask)
         if mask is None:
-            text = arguments.get(self.argument)
-            return (0 if text is None else text.shape[1],)
+            return (self.width(arguments, config, grid),)
         counts = mask if mask.ndim == 1 else (mask != 0).sum(1)
         return tuple(int(count) for count in counts.tolist())
+
+    def width(self, arguments: Arguments, config: Arguments, grid: Grid) -> int:
+        """See `Span.width`."""
+        text = arguments.get(self.argument)
+        return 0 if text is None else int(text.shape[1])
 
     def expected(self, config: Arguments, grid: Grid) -> int:
         """See `Span.expected`."""

@@ -34,6 +34,7 @@ VIDEO = (
                 )
             ),
         ),
+        shared=(),
     ),
     Family(
         "HunyuanVideoTransformer3DModel",

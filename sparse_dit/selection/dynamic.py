@@ -12,6 +12,7 @@ from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import lists_to_mask, mask_to_lists, pack_bits, unpack_bits
 from sparse_dit.layout import TokenLayout, text_blocks
 from sparse_dit.orders import Order
+from sparse_dit.parallel import ALL_HERE, Heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class Call:
             of a whole call, fp32 [B, H, S] in the model's order, once the selection has asked for one.
         forced: bool [1, 1, QB, KB] on q's device, blocks that are computed whatever is chosen: all with text in them,
             of queries or of keys; `None` when there is no text.
+        heads: which of the layer's heads the call has.
     """
 
     layout: TokenLayout
@@ -44,6 +46,7 @@ class Call:
     step: int
     slot: MutableMapping[str, torch.Tensor]
     forced: torch.Tensor | None = None
+    heads: Heads = ALL_HERE
 
     @property
     def table(self) -> torch.Tensor | None:

@@ -78,7 +78,11 @@ class Gate(Dynamic):
         cut = _partition(order, call.layout, call.block_q, call.block_k, q.device)
         q_means = block_means(q, call.block_q, order=call.table).index_select(2, cut.rows)
         k_means = block_means(k, call.block_k, order=call.table)
-        taken = self.take(q_means @ (cut.weight @ k_means).mT, cut.own)
+        gates = q_means @ (cut.weight @ k_means).mT
+        if self.pool == "all":
+            taken = call.heads.own(self.take(call.heads.gather(gates, axis=1), cut.own), q.shape[1], axis=1)
+        else:
+            taken = self.take(gates, cut.own)
         mask = torch.zeros(*q.shape[:2], call.q_blocks, call.k_blocks, dtype=torch.bool, device=q.device)
         # Where a chunk is smaller than a block, its queries would not see their own block otherwise.
         mask = mask.index_copy_(2, cut.rows, taken.index_select(3, cut.chunk)) | cut.touching

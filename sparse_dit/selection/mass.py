@@ -72,7 +72,7 @@ class Mass(Dynamic):
         """
         base = blocks_of_share(self.density, call.k_blocks)
         sizes = {"block_q": call.block_q, "block_k": call.block_k}
-        return by_recall(mass, base, rich_above=self.rich_above, forced=call.forced, **sizes)
+        return by_recall(mass, base, rich_above=self.rich_above, forced=call.forced, spread_over=call.heads, **sizes)
 
     def expected_density(self, layout: TokenLayout, block_q: int, block_k: int) -> float:
         """See `Dynamic.expected_density`."""

@@ -111,8 +111,9 @@ class Pooled(Dynamic):
             first[..., 0] = True
             forced = _joined(forced, first)
         if self.adjacent:
-            near = _adjacent_blocks(call.orders[0], call.layout, q.shape[1], call.block_q, call.block_k, scores.device)
-            forced = _joined(forced, near)
+            total = call.heads.total(q.shape[1])
+            near = _adjacent_blocks(call.orders[0], call.layout, total, call.block_q, call.block_k, scores.device)
+            forced = _joined(forced, call.heads.own(near, q.shape[1], axis=1))
         return Chosen(self._lists(scores, forced, call), call.table)
 
     def expected_density(self, layout: TokenLayout, block_q: int, block_k: int) -> float | None:
@@ -161,10 +162,19 @@ class Pooled(Dynamic):
             return top_k_lists(scores.softmax(dim=-1), base, forced=forced, per="head", **sizes)
         keep: int | torch.Tensor = base
         if self.spread == "recall":
-            budgets = by_recall(scores.softmax(dim=-1), base, rich_above=RICH_ABOVE, forced=forced, **sizes)
+            budgets = by_recall(
+                scores.softmax(dim=-1),
+                base,
+                rich_above=RICH_ABOVE,
+                block_q=call.block_q,
+                block_k=call.block_k,
+                forced=forced,
+                spread_over=call.heads,
+            )
             keep = budgets.repeat_interleave(call.q_blocks, dim=-1)
         elif self.spread == "gain":
-            keep = by_gain(scores, base, forced=forced).repeat_interleave(call.q_blocks, dim=-1)
+            budgets = by_gain(scores, base, forced=forced, spread_over=call.heads)
+            keep = budgets.repeat_interleave(call.q_blocks, dim=-1)
         return top_k_lists(scores, keep, block_q=call.block_q, block_k=call.block_k, forced=forced)
 
 

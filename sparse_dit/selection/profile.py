@@ -54,11 +54,11 @@ class Profiled(Dynamic):
     def choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Chosen:
         """See `Dynamic.choose`. Raises ValueError: the profile is that of another grid or number of heads."""
         profile = self.profile
-        profile.check_call(call.layout, q.shape[1])
+        profile.check_call(call.layout, call.heads.total(q.shape[1]))
         number = profile.bin_of(call.step)
         if "bin" not in call.slot or int(call.slot["bin"]) != number:
             mask = layer_mask(profile, number, call.layer, call.layout)
-            call.slot["blocks"] = pack_bits(mask).to(q.device)
+            call.slot["blocks"] = pack_bits(call.heads.own(mask, q.shape[1])).to(q.device)
             call.slot["bin"] = torch.tensor(number)
         return self.recall(call)
 
@@ -68,9 +68,10 @@ class Profiled(Dynamic):
     def recall(self, call: Call) -> Chosen:
         """See `Dynamic.recall`."""
         bits = call.slot["blocks"]
-        patterns = self.profile.kinds_of(int(call.slot["bin"]), call.layer)
+        here = call.heads.span(len(bits))
+        patterns = self.profile.kinds_of(int(call.slot["bin"]), call.layer)[here]
         computed = tuple(head for head, pattern in enumerate(patterns) if pattern.kind != "skip")
-        table = _table(_orders(self.profile, int(call.slot["bin"]), call.layer), call.layout, bits.device)
+        table = _table(_orders(self.profile, int(call.slot["bin"]), call.layer)[here], call.layout, bits.device)
         heads = None
         if len(computed) < len(patterns):
             heads = torch.tensor(computed, dtype=torch.int64, device=bits.device)

@@ -186,6 +186,12 @@ def math_backend(model: Any) -> None:
     model.set_attention_backend("_native_math")
 
 
+def int8_weights(model: Any) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
+
+
 ALL = [flux, hunyuan, cogvideo]
 COMBINATIONS = [
     *((lora, subject) for subject in ALL),
@@ -197,6 +203,7 @@ COMBINATIONS = [
     *((model_offload, subject) for subject in ALL),
     *((sequential_offload, subject) for subject in ALL),
     *((math_backend, subject) for subject in (flux, hunyuan)),
+    *((int8_weights, subject) for subject in ALL),
 ]
 
 

@@ -3,6 +3,7 @@
 import copy
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from sparse_dit.orders.tables import place_text
 from sparse_dit.recipe import Recipe
 from sparse_dit.schedule import Schedule
 from sparse_dit.selection import Every, Pooled, Radial
-from sparse_dit.state import Context
+from sparse_dit.state import UNASKED, Context
 
 GRID = (5, 5, 9)  # 45 tokens a frame: no multiple of any block
 RAGGED = TokenLayout(GRID, text_before=3, text_after=11)
@@ -180,6 +181,7 @@ def test_a_call_keeps_the_axes_of_its_caller(axes: str) -> None:
     assert summary.density == summary.run_density == plan(run.recipe, RAGGED, q.device).density
 
 
+@pytest.mark.filterwarnings("ignore:hidden_states")
 @pytest.mark.parametrize(
     ("chosen", "layout", "reason"),
     [
@@ -199,6 +201,22 @@ def test_dense_calls_run_as_the_model_made_them(chosen: Recipe, layout: TokenLay
     assert out is expected
     run.end_forward()
     assert run.tally.summary().dense == {reason: 1}
+
+
+def test_dense_calls_that_nobody_asked_for_are_told_once_or_raise() -> None:
+    q, k, v = qkv(RAGGED)
+    for reason, message in UNASKED.items():
+        call: dict[str, Any] = {"axes": HEADS_FIRST, "scale": None, "refusal": reason, "dense": lambda: q}
+        run = running(recipe())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert run.call(0, q, k, v, **call) is run.call(0, q, k, v, **call) is q
+        assert [str(entry.message) for entry in caught] == [message]
+        assert "valid: " in message
+        strict = Run(recipe(), strict=True)
+        strict.begin_forward(RAGGED, torch.tensor(0.5), planned=1)
+        with pytest.raises(ValueError, match=message[:40]):
+            strict.call(0, q, k, v, **call)
 
 
 def test_a_refused_call_is_dense_and_counted() -> None:
@@ -234,7 +252,7 @@ def test_the_operator_and_its_fake_agree(axes: str) -> None:
     q, k, v = (x if axes == HEADS_FIRST else x.transpose(1, 2) for x in qkv(RAGGED))
     run = running(recipe(Radial(density=0.4)))
     site = Site(0, run, torch.zeros((), dtype=torch.int64), F.__name__)
-    arguments = (q, k, v, site.slot, site.clock, axes, None, "")
+    arguments = (q, k, v, site.slot, site.clock, axes, None, "", "")
     torch.library.opcheck(torch.ops.sparse_dit.attend.default, arguments)
     out = torch.ops.sparse_dit.attend(*arguments)
     assert torch.equal(out, run.call(0, q, k, v, axes=axes, scale=None, refusal=None, dense=pytest.fail))  # type: ignore[arg-type]

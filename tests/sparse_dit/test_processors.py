@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,6 +160,11 @@ def test_features_the_kernel_lacks_are_dense(keys: int, heads: int, options: dic
     assert run.tally.summary().dense == {reason: 1}
 
 
+# What diffusers passes where several processes share the tokens; how, nobody has told here.
+_MESH = SimpleNamespace(get_group=lambda: "processes")
+SHARED = SimpleNamespace(context_parallel_config=SimpleNamespace(_flattened_mesh=_MESH))
+
+
 class Forwarding:
     """Passes the options that a test asks for to the dispatcher."""
 
@@ -166,9 +172,10 @@ class Forwarding:
         return dispatch_attention_fn(x, x, x, **options)
 
 
+@pytest.mark.filterwarnings("ignore:enable_parallelism")
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"parallel_config": "ulysses"}, "parallel"), ({"attention_kwargs": {"window": 3}}, "attention_kwargs")],
+    [({"parallel_config": SHARED}, "shared_text"), ({"attention_kwargs": {"window": 3}}, "attention_kwargs")],
 )
 def test_options_of_the_dispatcher_that_the_kernel_lacks_are_dense(options: dict[str, Any], reason: str) -> None:
     run, _, (attention,) = install(Forwarding())

@@ -3,7 +3,7 @@
 import inspect
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import diffusers.models.transformers
 import pytest
@@ -25,7 +25,7 @@ from sparse_dit.pipelines.families import (
     family_table,
 )
 from sparse_dit.pipelines.patch import disable, enable, explain, summary
-from sparse_dit.samples import Layer
+from sparse_dit.samples import Layer, Sample
 
 BLOCKS = {"block_q": 16, "block_k": 16}
 EVERYTHING = {"selection": {"name": "radial", "density": 1.0}, **BLOCKS}
@@ -147,6 +147,80 @@ def test_tokens_stand_where_the_layout_says(model: Any, values: list[torch.Tenso
         first, changed = values[0], values[len(values) // 2]
         index = before + ((position[0] + moved) % frames * height + position[1]) * width + position[2]
         assert int((changed - first).norm(dim=(2, 3))[0].argmax()) == index
+
+
+# Whatever the content, a block computes what is one step away on each axis of the grid, and little else.
+NEIGHBOURS = {
+    "order": {"name": "tiles", "tile": [1, 4, 4]},
+    "selection": {"name": "pooled", "density": 0.01, "adjacent": True},
+    **BLOCKS,
+}
+
+
+def plant(v: torch.Tensor, place: slice, grid: tuple[int, int, int], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys [B, S, H, D], like v, with which a token of the grid attends to those next to it.
+
+    The score of tokens at p and p' is -3 |p - p'|^2 but for a term of the query alone; text is looked at by nobody.
+    What is two steps away then has e^-12 of the weight of the token itself.
+    """
+    points = torch.cartesian_prod(*(torch.arange(side) - side // 2 for side in grid)).to(v)
+    q, k = torch.zeros_like(v), torch.zeros_like(v)
+    q[..., 3], k[..., 3] = -3.0 / scale, 1e4
+    q[:, place, :, :3], k[:, place, :, :3] = (6.0 / scale * points)[:, None], points[:, None]
+    k[:, place, :, 3] = points.square().sum(dim=1)[:, None]
+    return q, k
+
+
+@pytest.fixture
+def plant_everywhere(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
+    """Gives every self-attention call such queries and keys; returns how far sparse outputs are from dense ones."""
+
+    def start(turned: bool = False) -> list[float]:
+        errors: list[float] = []
+        stock = Layer.attend
+
+        def planted(self: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any) -> Any:
+            read, state = self.tokens.read, self.run.state
+            sample = self.tokens.samples[0] if read else Sample(cast(TokenLayout, state.layout))
+            first = 0 if self.alone else sample.layout.text_before + sample.gap
+            place, grid = slice(first, first + sample.layout.video_tokens), sample.layout.grid
+            scale = options["scale"] or v.shape[-1] ** -0.5
+
+            def tokens_first(x: torch.Tensor) -> torch.Tensor:
+                return x if options["axes"] == "b s h d" else x.transpose(1, 2)
+
+            q, k = map(tokens_first, plant(tokens_first(v), place, grid[::-1] if turned else grid, scale))
+            out: torch.Tensor = stock(self, q, k, v, mask, **options)
+            ours, theirs = (tokens_first(x)[:, place] for x in (out, options["dense"](q, k, v, mask)))
+            errors.append(float((ours - theirs).norm() / theirs.norm()))
+            return out
+
+        monkeypatch.setattr(Layer, "attend", planted)
+        return errors
+
+    return start
+
+
+def test_a_planted_local_pattern_is_reproduced(model: Any, plant_everywhere: Callable[..., list[float]]) -> None:
+    enable(model.transformer, NEIGHBOURS, strict=True)
+    errors = plant_everywhere()
+    model.forward()
+    counts = summary(model.transformer)
+    assert counts.sparse == len(errors) == model.tiny.layers
+    assert (counts.density or 1.0) < 0.98
+    assert max(errors) < 2e-3
+
+
+def test_a_pattern_of_another_grid_is_not(
+    build_model: Callable[..., Any], plant_everywhere: Callable[..., list[float]]
+) -> None:
+    model = build_model("WanTransformer3DModel")
+    # Large enough that steps on the axes of the turned grid are far in this one.
+    model.arguments["hidden_states"] = torch.randn(1, 4, 5, 32, 24)
+    enable(model.transformer, NEIGHBOURS, strict=True)
+    errors = plant_everywhere(turned=True)
+    model.forward()
+    assert min(errors) > 0.02
 
 
 def test_timesteps_in_every_unit() -> None:
