@@ -78,6 +78,8 @@ class Answers:
     def close_visit(self, request: gr.Request) -> None:
         """The page was closed: its run ends, its files go."""
         self.visits.close(request.session_hash)
+        # Gradio keeps the components of 10,000 closed pages, up to a MiB each, in case one is opened again: not ours.
+        request.request.app.state_holder.session_data.pop(request.session_hash, None)
 
     def choose_model(self, model: str) -> list[Any]:
         """Steps, width, height and frames that suit a model; empty is the model's own default."""

@@ -146,7 +146,9 @@ def _results(parts: Parts) -> None:
                     parts.strip = _image(None, "strip")
             parts.heat = gr.HTML(elem_id="heat", container=False)
         with gr.Tab("Files"):
-            parts.files = gr.File(label="Videos, result and recipe", file_count="multiple", interactive=False)
+            parts.files = gr.File(
+                label="Videos, result and recipe", file_count="multiple", interactive=False, elem_id="files"
+            )
     both.click(None, js=style.PLAY_BOTH, api_visibility="private")
     slower.click(None, js=style.SLOWER, api_visibility="private")
 

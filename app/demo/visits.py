@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sparse_dit.app.demo.actions import Asked, Finished
 
 MAX_RUNS = 20  # a visit keeps; older ones go
+MAX_VISITS = 100  # open at once; browsers say when they leave, scripts need not
 
 
 class Stopped(Exception):
@@ -94,13 +95,18 @@ class Visits:
         self._lock = threading.Lock()
 
     def open(self, session: str) -> Visit:
-        """The visit of a session, new if there is none."""
+        """The visit of a session, new if there is none; beyond `MAX_VISITS` the one idle for longest is closed."""
         with self._lock:
             if session not in self._open:
                 folder = self.root / secrets.token_hex(16)
                 folder.mkdir(parents=True)
                 self._open[session] = Visit(folder)
-            return self._open[session]
+            visit = self._open[session]
+            idle = [name for name, other in self._open.items() if other.asked is None and other is not visit]
+            forgotten = idle[: max(0, len(self._open) - MAX_VISITS)]
+        for name in forgotten:
+            self.close(name)
+        return visit
 
     def close(self, session: str | None) -> None:
         """Closes the visit of a session, if there is one."""
@@ -139,6 +145,8 @@ class Visits:
                     "please try again in a few minutes"
                 )
             visit.asked, visit.admitted, visit.stop = asked, True, threading.Event()
+            for session in [name for name, other in self._open.items() if other is visit]:
+                self._open[session] = self._open.pop(session)  # the last that would be closed for being idle
             return ahead
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The page itself, where Gradio is installed: what it answers, what it serves, and what it does not."""
+"""The page itself: what it answers, what it serves, and what it does not."""
 
 import os
 import re
@@ -7,18 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gradio
+import httpx
 import pytest
 
-gradio = pytest.importorskip("gradio", minversion="6.0")
-httpx = pytest.importorskip("httpx")
-
-from sparse_dit.app.demo import style  # noqa: E402
-from sparse_dit.app.demo.actions import Asked, Finished, Studio  # noqa: E402
-from sparse_dit.app.demo.answers import Answers  # noqa: E402
-from sparse_dit.app.demo.limits import split_recipe  # noqa: E402
-from sparse_dit.app.demo.page import EXAMPLES, build  # noqa: E402
-from sparse_dit.app.demo.visits import Visit, Visits  # noqa: E402
-from sparse_dit.recipe import load_recipe, recipe_names  # noqa: E402
+from sparse_dit.app.demo.actions import Asked, Finished, Studio
+from sparse_dit.app.demo.answers import Answers
+from sparse_dit.app.demo.limits import split_recipe
+from sparse_dit.app.demo.page import EXAMPLES, build
+from sparse_dit.app.demo.serve import LOCAL, listening
+from sparse_dit.app.demo.visits import Visit, Visits
+from sparse_dit.recipe import load_recipe, recipe_names
 
 
 @pytest.fixture
@@ -107,18 +106,11 @@ def test_examples_name_recipes(answers: Answers) -> None:
 @pytest.fixture(scope="module")
 def served(studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Visits]]:
     """A running server on this machine, and its visits."""
-    root = tmp_path_factory.mktemp("served")
-    visits = Visits(root / "visits")
+    visits = Visits(tmp_path_factory.mktemp("served") / "visits")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(root / "cache"))
-        gradio.set_static_paths([visits.root])
-        page = build(Answers(studio, visits, places=2)).queue()
-        _, url, _ = page.launch(
-            server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False,
-            theme=style.theme(), css=style.CSS, max_file_size="1kb",
-        )  # fmt: skip
-        yield url, visits
-        page.close()
+        patch.setenv("GRADIO_TEMP_DIR", str(visits.root / "cache"))
+        with listening(studio, visits, LOCAL, 0, places=2) as url:
+            yield url, visits
 
 
 def test_the_page_names_no_other_host_in_scripts_styles_and_fonts(served: tuple[str, Visits]) -> None:
