@@ -16,8 +16,8 @@ FIRST_RECIPE = "tiny-radial"
 EXAMPLES = [
     ["a large plain red circle moving right over a gray gradient", "tiny-radial", 0],
     ["a large dotted yellow square growing over a gravel road", "tiny-radial", 3],
-    ["a small striped blue triangle moving up over a green lawn", "sparge", 1],
-    ["a large plain green circle shrinking over a white wall", "draft", 2],
+    ["a small striped blue triangle moving up over a grassy field", "sparge", 1],
+    ["a large plain green circle shrinking over a bright wall", "draft", 2],
 ]
 _EMPTY = (
     "<div class=empty><p>Nothing here yet.</p><p>Generate runs the prompt twice from the same noise, with the model's "
@@ -84,11 +84,11 @@ def _asking(answers: Answers) -> tuple[dict[str, Any], Any, Any]:
     note = gr.HTML(told_origin(first), container=False)
     with gr.Row():
         density = gr.Number(
-            density, label="Density", step=0.05, min_width=90, elem_id="density",
+            density, label="Density", step=0.05, min_width=120, elem_id="density",
             placeholder="set by other settings",
         )  # fmt: skip
-        dense_steps = gr.Number(dense_steps, label="Dense steps", precision=0, min_width=90, elem_id="dense-steps")
-        precision = gr.Dropdown(list(PRECISIONS), value=precision, label="Precision", min_width=110)
+        dense_steps = gr.Number(dense_steps, label="Dense steps", precision=0, min_width=120, elem_id="dense-steps")
+        precision = gr.Dropdown(list(PRECISIONS), value=precision, label="Precision", min_width=120)
     with gr.Accordion("All settings of the recipe", open=False):
         rest = gr.Textbox(
             rest, label="YAML", lines=12, max_lines=24, max_length=limits.recipe, elem_id="yaml",
@@ -118,7 +118,7 @@ def _results(parts: Parts) -> None:
             parts.sparse = _video("Sparse")
         with gr.Row():
             both = gr.Button("Play / pause both", size="sm", elem_id="both")
-            slower = gr.Button("Speed: 1, ½, ¼", size="sm")
+            slower = gr.Button("Speed: 1", size="sm", elem_id="speed")
     parts.numbers = gr.HTML(elem_id="numbers", container=False)
     with gr.Tabs():
         with gr.Tab("One frame"):

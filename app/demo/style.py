@@ -89,6 +89,11 @@ STEP = """
   };
   for (const name of ['play', 'pause', 'seeked', 'timeupdate', 'ratechange'])
     document.addEventListener(name, follow, true);
+  const tell = () => {
+    const rate = videos()[0]?.playbackRate || 1;
+    document.querySelector('#speed').textContent = `Speed: ${{ 0.5: '½', 0.25: '¼' }[rate] || 1}`;
+  };
+  for (const name of ['loadedmetadata', 'ratechange']) document.addEventListener(name, tell, true);
 }
 """
 

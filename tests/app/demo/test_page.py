@@ -1,11 +1,14 @@
 """The page itself: what it answers, what it serves, and what it does not."""
 
+import inspect
 import os
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio
 import httpx
@@ -15,8 +18,10 @@ from sparse_dit.app.demo.actions import Asked, Finished, Studio
 from sparse_dit.app.demo.answers import Answers
 from sparse_dit.app.demo.limits import split_recipe
 from sparse_dit.app.demo.page import EXAMPLES, build
-from sparse_dit.app.demo.serve import LOCAL, listening
+from sparse_dit.app.demo.serve import LOCAL, demo, listening
 from sparse_dit.app.demo.visits import Visit, Visits
+from sparse_dit.eval.demo_client import Visitor
+from sparse_dit.pipelines.tiny_wan.grammar import vocabulary
 from sparse_dit.recipe import load_recipe, recipe_names
 
 
@@ -99,8 +104,9 @@ def test_every_recipe_can_be_chosen(answers: Answers, name: str) -> None:
     assert (density.value, steps, precision, rest) == split_recipe(load_recipe(name))
 
 
-def test_examples_name_recipes(answers: Answers) -> None:
+def test_examples_name_recipes_and_words_that_tiny_wan_knows() -> None:
     assert {recipe for _, recipe, _ in EXAMPLES} <= set(recipe_names())
+    assert {word for prompt, *_ in EXAMPLES for word in prompt.split()} <= set(vocabulary())
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +127,31 @@ def test_the_page_names_no_other_host_in_scripts_styles_and_fonts(served: tuple[
     theme = httpx.get(f"{url}theme.css", timeout=60).text
     assert not re.findall(r"@import|url\([\"']?https?:", theme)
     assert "@font-face" not in theme
+
+
+def test_the_server_speaks_to_this_machine_alone(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bound to the loopback address unless told otherwise; no look-up of any other host, before, during or after."""
+    assert inspect.signature(demo).parameters["host"].default == LOCAL == "127.0.0.1"
+    asked: set[Any] = set()
+    look_up = socket.getaddrinfo
+
+    def watch(host: Any, *arguments: Any, **settings: Any) -> Any:
+        asked.add(host.decode() if isinstance(host, bytes) else host)
+        return look_up(host, *arguments, **settings)
+
+    monkeypatch.setattr(socket, "getaddrinfo", watch)
+    with listening(studio, Visits(tmp_path / "visits"), LOCAL, 0, places=1) as url:
+        assert httpx.get(f"{url}config", timeout=60).json()["analytics_enabled"] is False
+        port = urlsplit(url).port
+        files = [Path(f"/proc/net/{table}") for table in ("tcp", "tcp6")]
+        rows = [line.split() for file in files if file.exists() for line in file.read_text().splitlines()[1:]]
+        # Columns: number, local address in hexadecimal, the other address, state; 0A is listening.
+        bound = [row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port]
+        assert bound == ["0100007F"]
+        Visitor(url).leave()
+    assert asked <= {LOCAL, "localhost", None}, asked
 
 
 def test_files_of_visits_are_served_and_no_others(served: tuple[str, Visits], mini_wan: Path) -> None:
