@@ -23,6 +23,7 @@ _EMPTY = (
     "<div class=empty><p>Nothing here yet.</p><p>Generate runs the prompt twice from the same noise, with the model's "
     "own attention and with the recipe, and shows both clips, what they cost and what the recipe left out.</p></div>"
 )
+_CLOCK = 3  # seconds between two looks at the line, for those who wait in it
 _LIGHT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 _QUEUED: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "gpu", "api_visibility": "private"}
 
@@ -162,16 +163,18 @@ def _wire(answers: Answers, page: gr.Blocks, visit: Any, asked: list[Any], go: A
         parts.status, parts.number, parts.empty, parts.results, parts.videos, parts.dense, parts.sparse, parts.numbers,
         parts.frame, *frame, parts.files, parts.heat, parts.query, *pointers, *mask,
     ]  # fmt: skip
+    clock = gr.Timer(_CLOCK, active=False)
     page.load(answers.open_visit, None, visit, js=style.STEP, **_LIGHT)
     page.unload(answers.close_visit)
     admitted = gr.on(
         [go.click, asked[1].submit],
         answers.admit,
         [visit, *asked],
-        [parts.status, visit],
+        [parts.status, visit, clock],
         trigger_mode="once",
         **_LIGHT,
     )
+    clock.tick(answers.place, visit, [parts.status, clock], **_LIGHT)
     made = [parts.made, parts.gallery]
     admitted.then(answers.run, visit, [*shown, *made], show_progress="hidden", trigger_mode="multiple", **_QUEUED)
     # No `cancels`: Gradio's page then loses the next run now and then. The run ends by itself, and frees its place.

@@ -32,6 +32,7 @@ class Visit:
     Attributes:
         asked: the run that waits for its turn or is under way; None where there is none.
         admitted: whether what is asked still waits for its start, which it has once.
+        turn: of what is asked, counted over all visits.
         runs: what was made, the oldest first, by number.
         stop: set when the run under way shall end.
         closed: whether the visitor has left.
@@ -40,6 +41,7 @@ class Visit:
     folder: Path
     asked: Asked | None = None
     admitted: bool = False
+    turn: int = 0
     runs: dict[int, Finished] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
     closed: bool = False
@@ -93,6 +95,7 @@ class Visits:
         self.root = root
         self._open: dict[str, Visit] = {}
         self._lock = threading.Lock()
+        self._turns = 0
 
     def open(self, session: str) -> Visit:
         """The visit of a session, new if there is none; beyond `MAX_VISITS` the one idle for longest is closed."""
@@ -144,10 +147,16 @@ class Visits:
                     f"the server is busy: {ahead} runs are in line, and it takes {places}; "
                     "please try again in a few minutes"
                 )
-            visit.asked, visit.admitted, visit.stop = asked, True, threading.Event()
+            self._turns += 1
+            visit.asked, visit.admitted, visit.turn, visit.stop = asked, True, self._turns, threading.Event()
             for session in [name for name, other in self._open.items() if other is visit]:
                 self._open[session] = self._open.pop(session)  # the last that would be closed for being idle
             return ahead
+
+    def ahead(self, visit: Visit) -> int:
+        """How many runs have their turn before that of a visit now."""
+        with self._lock:
+            return sum(other.asked is not None and other.turn < visit.turn for other in self._open.values())
 
     def __len__(self) -> int:
         return len(self._open)

@@ -68,7 +68,7 @@ def test_wrong_input_is_refused_before_the_line(answers: Answers, asked: Asked) 
     for position, value in ((0, "/etc"), (1, "<b>x"), (3, -1), (4, 10**9), (8, 7), (11, "file: ../x")):
         fields = sent(asked)
         fields[position] = value
-        told, _ = answers.admit(visit, None, *fields)
+        told, *_ = answers.admit(visit, None, *fields)
         assert "valid: " in told
         assert set(re.findall(r"<\w+", told)) == {"<p", "<b"}, "its own tags only"
         assert list(answers.run(visit)) == [{answers.parts.status: gradio.skip()}]
@@ -84,6 +84,29 @@ def test_a_full_line_refuses_politely_and_a_stopped_run_makes_room(answers: Answ
     answers.admit(three, None, *sent(asked))
     assert list(answers.run(two)) == [{answers.parts.status: gradio.skip()}]
     assert "Nothing is running" in answers.stop(two)
+
+
+def test_the_line_moves_on_while_one_waits(studio: Studio, visits: Visits, asked: Asked) -> None:
+    answers = Answers(studio, visits, places=3)
+    build(answers)
+    one, two, three = (visits.open(name) for name in ("one", "two", "three"))
+    assert not answers.admit(one, None, *sent(asked))[2].active, "nobody is ahead, so there is nothing to look at"
+    assert answers.admit(two, None, *sent(asked))[2].active
+    assert "2 ahead" in answers.admit(three, None, *sent(asked))[0]
+    assert "2 ahead" in answers.place(three)[0]
+    answers.stop(one)
+    assert "1 ahead" in answers.place(three)[0]
+    answers.admit(one, None, *sent(asked))  # again, and now at the end
+    assert "1 ahead" in answers.place(three)[0]
+    assert "2 ahead" in answers.place(one)[0]
+    assert "Starting" in answers.place(two)[0]
+    next(answers.run(two))
+    for gone in (two, None):
+        line, clock = answers.place(gone)
+        assert line == gradio.skip()
+        assert not clock.active
+    answers.stop(three)
+    assert not answers.place(three)[1].active
 
 
 def test_runs_of_others_cannot_be_shown(answers: Answers, run: Finished) -> None:
