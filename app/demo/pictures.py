@@ -181,7 +181,7 @@ def _unknown_words(record: Row) -> list[str]:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.3f} s" if value < 1 else f"{value:.1f} s"
+    return f"{value:.3f}\N{NO-BREAK SPACE}s" if value < 1 else f"{value:.1f}\N{NO-BREAK SPACE}s"
 
 
 def heat_html(table: Table, title: str, note: str) -> str:

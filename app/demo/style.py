@@ -36,6 +36,7 @@ CSS = """
 .status progress::-webkit-progress-bar { background: var(--border-color-primary); }
 .status progress::-webkit-progress-value { background: var(--color-accent); }
 .status progress::-moz-progress-bar { background: var(--color-accent); }
+#files .label-clear-button { display: none; }
 #clips { flex-wrap: nowrap; }
 #clips > * { min-width: 0 !important; }
 .numbers table, .numbers tr, .numbers td, .numbers th { border: 0 !important; }
