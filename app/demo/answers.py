@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,6 +83,8 @@ class Answers:
         self.visits.close(request.session_hash)
         # Gradio keeps the components of 10,000 closed pages, up to a MiB each, in case one is opened again: not ours.
         request.request.app.state_holder.session_data.pop(request.session_hash, None)
+        if not len(self.visits):
+            _give_back_memory()
 
     def choose_model(self, model: str) -> list[Any]:
         """Steps, width, height and frames that suit a model; empty is the model's own default."""
@@ -315,6 +320,13 @@ def _heat(inside: Inside | None) -> str:
     ) + pictures.heat_html(
         inside.mass, "Kept mass", "share of whole attention's mass that was computed, on sampled queries"
     )
+
+
+def _give_back_memory() -> None:
+    """Collects garbage; glibc then gives the system back what is free, which it otherwise keeps for later."""
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def _in_line(ahead: int) -> str:
