@@ -1,4 +1,9 @@
-"""Sparse attention for diffusers DiT pipelines. The façade is lazy: nothing is imported before it is used."""
+"""Sparse attention for diffusers DiT pipelines. The façade is lazy: nothing is imported before it is used.
+
+`enable` makes a pipeline sparse, `disable` undoes it, `sparse` does both around a block; `explain` tells what a recipe
+would do, `summary` what it did. A model of one's own calls `sparse_attention` in place of
+`scaled_dot_product_attention`; docs/own-model.md has an example, which the tests run.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,6 +81,10 @@ class Answers:
     def close_visit(self, request: gr.Request) -> None:
         """The page was closed: its run ends, its files go."""
         self.visits.close(request.session_hash)
+        # Gradio keeps the components of 10,000 closed pages, up to a MiB each, in case one is opened again: not ours.
+        request.request.app.state_holder.session_data.pop(request.session_hash, None)
+        if not len(self.visits):
+            _give_back_memory()
 
     def choose_model(self, model: str) -> list[Any]:
         """Steps, width, height and frames that suit a model; empty is the model's own default."""
@@ -98,10 +105,10 @@ class Answers:
 
     def admit(
         self, visit: Visit | None, request: gr.Request, model: Any, prompt: Any, inside: Any, *fields: Any
-    ) -> tuple[str, Visit]:
+    ) -> tuple[str, Visit, Any]:
         """Checks a run and puts it in line. `fields`: seed, steps, width, height, frames, and the recipe's four.
 
-        The visit is opened here where the page was quicker than its own opening.
+        The visit is opened here where the page was quicker than its own opening. Whoever waits gets a clock (`place`).
         """
         visit = visit or self.open_visit(request)
         try:
@@ -111,8 +118,14 @@ class Answers:
             recipe = join_recipe(self.studio.limits, *fields[5:])
             ahead = self.visits.enter(visit, Asked(model, wanted, recipe, bool(inside)), self.places)
         except ValueError as error:
-            return _refusal(str(error)), visit
-        return _status("Starting." if not ahead else f"In line: {ahead} ahead of you."), visit
+            return _refusal(str(error)), visit, gr.skip()
+        return _in_line(ahead), visit, gr.Timer(active=ahead > 0)
+
+    def place(self, visit: Visit | None) -> tuple[Any, Any]:
+        """How many are ahead by now; the clock that asks stops when the run has begun, or is out of the line."""
+        if visit is None or visit.asked is None or not visit.admitted:
+            return gr.skip(), gr.Timer(active=False)
+        return _in_line(self.visits.ahead(visit)), gr.skip()
 
     def run(self, visit: Visit | None) -> Iterator[Update]:
         """Makes the run that was admitted, if there is one, and says how far it is."""
@@ -307,6 +320,17 @@ def _heat(inside: Inside | None) -> str:
     ) + pictures.heat_html(
         inside.mass, "Kept mass", "share of whole attention's mass that was computed, on sampled queries"
     )
+
+
+def _give_back_memory() -> None:
+    """Collects garbage; glibc then gives the system back what is free, which it otherwise keeps for later."""
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
+def _in_line(ahead: int) -> str:
+    return _status("Starting." if not ahead else f"In line: {ahead} ahead of you.")
 
 
 def _status(text: str) -> str:

@@ -16,13 +16,14 @@ FIRST_RECIPE = "tiny-radial"
 EXAMPLES = [
     ["a large plain red circle moving right over a gray gradient", "tiny-radial", 0],
     ["a large dotted yellow square growing over a gravel road", "tiny-radial", 3],
-    ["a small striped blue triangle moving up over a green lawn", "sparge", 1],
-    ["a large plain green circle shrinking over a white wall", "draft", 2],
+    ["a small striped blue triangle moving up over a grassy field", "sparge", 1],
+    ["a large plain green circle shrinking over a bright wall", "draft", 2],
 ]
 _EMPTY = (
     "<div class=empty><p>Nothing here yet.</p><p>Generate runs the prompt twice from the same noise, with the model's "
     "own attention and with the recipe, and shows both clips, what they cost and what the recipe left out.</p></div>"
 )
+_CLOCK = 3  # seconds between two looks at the line, for those who wait in it
 _LIGHT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 _QUEUED: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "gpu", "api_visibility": "private"}
 
@@ -84,11 +85,11 @@ def _asking(answers: Answers) -> tuple[dict[str, Any], Any, Any]:
     note = gr.HTML(told_origin(first), container=False)
     with gr.Row():
         density = gr.Number(
-            density, label="Density", step=0.05, min_width=90, elem_id="density",
+            density, label="Density", step=0.05, min_width=120, elem_id="density",
             placeholder="set by other settings",
         )  # fmt: skip
-        dense_steps = gr.Number(dense_steps, label="Dense steps", precision=0, min_width=90, elem_id="dense-steps")
-        precision = gr.Dropdown(list(PRECISIONS), value=precision, label="Precision", min_width=110)
+        dense_steps = gr.Number(dense_steps, label="Dense steps", precision=0, min_width=120, elem_id="dense-steps")
+        precision = gr.Dropdown(list(PRECISIONS), value=precision, label="Precision", min_width=120)
     with gr.Accordion("All settings of the recipe", open=False):
         rest = gr.Textbox(
             rest, label="YAML", lines=12, max_lines=24, max_length=limits.recipe, elem_id="yaml",
@@ -118,7 +119,7 @@ def _results(parts: Parts) -> None:
             parts.sparse = _video("Sparse")
         with gr.Row():
             both = gr.Button("Play / pause both", size="sm", elem_id="both")
-            slower = gr.Button("Speed: 1, ½, ¼", size="sm")
+            slower = gr.Button("Speed: 1", size="sm", elem_id="speed")
     parts.numbers = gr.HTML(elem_id="numbers", container=False)
     with gr.Tabs():
         with gr.Tab("One frame"):
@@ -146,7 +147,9 @@ def _results(parts: Parts) -> None:
                     parts.strip = _image(None, "strip")
             parts.heat = gr.HTML(elem_id="heat", container=False)
         with gr.Tab("Files"):
-            parts.files = gr.File(label="Videos, result and recipe", file_count="multiple", interactive=False)
+            parts.files = gr.File(
+                label="Videos, result and recipe", file_count="multiple", interactive=False, elem_id="files"
+            )
     both.click(None, js=style.PLAY_BOTH, api_visibility="private")
     slower.click(None, js=style.SLOWER, api_visibility="private")
 
@@ -160,16 +163,18 @@ def _wire(answers: Answers, page: gr.Blocks, visit: Any, asked: list[Any], go: A
         parts.status, parts.number, parts.empty, parts.results, parts.videos, parts.dense, parts.sparse, parts.numbers,
         parts.frame, *frame, parts.files, parts.heat, parts.query, *pointers, *mask,
     ]  # fmt: skip
+    clock = gr.Timer(_CLOCK, active=False)
     page.load(answers.open_visit, None, visit, js=style.STEP, **_LIGHT)
     page.unload(answers.close_visit)
     admitted = gr.on(
         [go.click, asked[1].submit],
         answers.admit,
         [visit, *asked],
-        [parts.status, visit],
+        [parts.status, visit, clock],
         trigger_mode="once",
         **_LIGHT,
     )
+    clock.tick(answers.place, visit, [parts.status, clock], **_LIGHT)
     made = [parts.made, parts.gallery]
     admitted.then(answers.run, visit, [*shown, *made], show_progress="hidden", trigger_mode="multiple", **_QUEUED)
     # No `cancels`: Gradio's page then loses the next run now and then. The run ends by itself, and frees its place.

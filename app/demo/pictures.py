@@ -13,6 +13,8 @@ from sparse_dit.app.demo.actions import Finished, Pixels, frame_of
 from sparse_dit.app.demo.inside import Table, Tokens
 from sparse_dit.eval.results import Row
 from sparse_dit.eval.side_by_side import difference_gain
+from sparse_dit.pipelines.generate import TINY_WAN
+from sparse_dit.pipelines.tiny_wan.grammar import vocabulary
 
 FRAME = 384  # pixels; smaller frames are enlarged by a whole factor until they reach it
 _STRIP = 224
@@ -156,6 +158,8 @@ def numbers_html(record: Row) -> str:
     note += " x ".join(map(str, record["grid"])) + f" tokens, seed {record['seed']}, {record['steps']} steps"
     if not calls["sparse"]:
         note = f"Every call was dense: have fewer dense steps than steps. {note}"
+    if unknown := _unknown_words(record):
+        note = f"{TINY_WAN} was trained on few words, and not on: {', '.join(unknown)}. {note}"
     body = "".join(
         f"<tr><th scope=row>{label}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
         for label, *cells in rows
@@ -168,8 +172,16 @@ def numbers_html(record: Row) -> str:
     )
 
 
+def _unknown_words(record: Row) -> list[str]:
+    """Words of the prompt that tiny-wan reads as one and the same unknown word; other models know their own."""
+    known = set(vocabulary())
+    return [
+        word for word in dict.fromkeys(record["prompt"].split()) if record["model"] == TINY_WAN and word not in known
+    ]
+
+
 def _seconds(value: float) -> str:
-    return f"{value:.3f} s" if value < 1 else f"{value:.1f} s"
+    return f"{value:.3f}\N{NO-BREAK SPACE}s" if value < 1 else f"{value:.1f}\N{NO-BREAK SPACE}s"
 
 
 def heat_html(table: Table, title: str, note: str) -> str:

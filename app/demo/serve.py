@@ -5,12 +5,15 @@ import os
 import signal
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from sparse_dit.app.demo.actions import Studio
+    from sparse_dit.app.demo.visits import Visits
 
 MODELS = ["tiny-wan"]
 LOCAL = "127.0.0.1"
@@ -50,33 +53,56 @@ def demo(
         GRADIO_TEMP_DIR=str(root / "cache"), GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1"
     )
     try:
-        import gradio
+        import gradio  # noqa: F401
     except ImportError:
         root.rmdir()
         raise ValueError("demo: gradio is not installed; valid: pip install 'sparse-dit[demo]'") from None
 
     import torch
 
-    from sparse_dit.app.demo import style
     from sparse_dit.app.demo.actions import Studio
-    from sparse_dit.app.demo.answers import Answers
-    from sparse_dit.app.demo.page import build
     from sparse_dit.app.demo.visits import Visits
 
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    studio, visits = Studio(allowed, limits, chosen), Visits(root)
-    gradio.set_static_paths([root])  # files of visits are served where they lie, instead of being copied
+    studio = Studio(allowed, limits, chosen)
     signal.signal(signal.SIGTERM, _leave)
+    with listening(studio, Visits(root), host, port, places) as url:
+        print(f"sparse-dit demo: {url} (stop with Ctrl-C)", flush=True)
+        threading.Thread(target=_load_first, args=(studio,), daemon=True).start()
+        threading.Event().wait()
+
+
+@contextmanager
+def listening(studio: "Studio", visits: "Visits", host: str, port: int, places: int) -> Iterator[str]:
+    """Serves the page inside the block, and closes all visits behind it.
+
+    Args:
+        studio: makes the runs.
+        visits: none yet; files below their root are served, and no others.
+        host: address to listen on.
+        port: to listen on; 0 takes a free one.
+        places: runs in line at once.
+
+    Yields:
+        The page's address, ending in a slash.
+    """
+    import gradio
+
+    from sparse_dit.app.demo import style
+    from sparse_dit.app.demo.answers import Answers
+    from sparse_dit.app.demo.page import build
+    from sparse_dit.app.demo.visits import MAX_VISITS
+
+    gradio.set_static_paths([visits.root])  # files of visits are served where they lie, instead of being copied
     page = build(Answers(studio, visits, places)).queue(max_size=4 * places, default_concurrency_limit=1)
     try:
         _, url, _ = page.launch(
             server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True,
             theme=style.theme(), css=style.CSS, footer_links=["settings"], ssr_mode=False, max_file_size="1kb",
             pwa=False, mcp_server=False, run_history=False, enable_monitoring=False,
+            state_session_capacity=2 * MAX_VISITS,
         )  # fmt: skip
-        print(f"sparse-dit demo: {url} (stop with Ctrl-C)", flush=True)
-        threading.Thread(target=_load_first, args=(studio,), daemon=True).start()
-        threading.Event().wait()
+        yield url
     finally:
         visits.close_all()
         page.close()

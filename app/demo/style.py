@@ -36,6 +36,7 @@ CSS = """
 .status progress::-webkit-progress-bar { background: var(--border-color-primary); }
 .status progress::-webkit-progress-value { background: var(--color-accent); }
 .status progress::-moz-progress-bar { background: var(--color-accent); }
+#files .label-clear-button { display: none; }
 #clips { flex-wrap: nowrap; }
 #clips > * { min-width: 0 !important; }
 .numbers table, .numbers tr, .numbers td, .numbers th { border: 0 !important; }
@@ -89,6 +90,11 @@ STEP = """
   };
   for (const name of ['play', 'pause', 'seeked', 'timeupdate', 'ratechange'])
     document.addEventListener(name, follow, true);
+  const tell = () => {
+    const rate = videos()[0]?.playbackRate || 1;
+    document.querySelector('#speed').textContent = `Speed: ${{ 0.5: '½', 0.25: '¼' }[rate] || 1}`;
+  };
+  for (const name of ['loadedmetadata', 'ratechange']) document.addEventListener(name, tell, true);
 }
 """
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sparse_dit.app.demo.actions import Asked, Finished
 
 MAX_RUNS = 20  # a visit keeps; older ones go
+MAX_VISITS = 100  # open at once; browsers say when they leave, scripts need not
 
 
 class Stopped(Exception):
@@ -31,6 +32,7 @@ class Visit:
     Attributes:
         asked: the run that waits for its turn or is under way; None where there is none.
         admitted: whether what is asked still waits for its start, which it has once.
+        turn: of what is asked, counted over all visits.
         runs: what was made, the oldest first, by number.
         stop: set when the run under way shall end.
         closed: whether the visitor has left.
@@ -39,6 +41,7 @@ class Visit:
     folder: Path
     asked: Asked | None = None
     admitted: bool = False
+    turn: int = 0
     runs: dict[int, Finished] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
     closed: bool = False
@@ -92,15 +95,21 @@ class Visits:
         self.root = root
         self._open: dict[str, Visit] = {}
         self._lock = threading.Lock()
+        self._turns = 0
 
     def open(self, session: str) -> Visit:
-        """The visit of a session, new if there is none."""
+        """The visit of a session, new if there is none; beyond `MAX_VISITS` the one idle for longest is closed."""
         with self._lock:
             if session not in self._open:
                 folder = self.root / secrets.token_hex(16)
                 folder.mkdir(parents=True)
                 self._open[session] = Visit(folder)
-            return self._open[session]
+            visit = self._open[session]
+            idle = [name for name, other in self._open.items() if other.asked is None and other is not visit]
+            forgotten = idle[: max(0, len(self._open) - MAX_VISITS)]
+        for name in forgotten:
+            self.close(name)
+        return visit
 
     def close(self, session: str | None) -> None:
         """Closes the visit of a session, if there is one."""
@@ -138,8 +147,16 @@ class Visits:
                     f"the server is busy: {ahead} runs are in line, and it takes {places}; "
                     "please try again in a few minutes"
                 )
-            visit.asked, visit.admitted, visit.stop = asked, True, threading.Event()
+            self._turns += 1
+            visit.asked, visit.admitted, visit.turn, visit.stop = asked, True, self._turns, threading.Event()
+            for session in [name for name, other in self._open.items() if other is visit]:
+                self._open[session] = self._open.pop(session)  # the last that would be closed for being idle
             return ahead
+
+    def ahead(self, visit: Visit) -> int:
+        """How many runs have their turn before that of a visit now."""
+        with self._lock:
+            return sum(other.asked is not None and other.turn < visit.turn for other in self._open.values())
 
     def __len__(self) -> int:
         return len(self._open)

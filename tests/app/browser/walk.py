@@ -7,11 +7,70 @@ checks what it sees and ends with a line; FOLDER gets the screenshots, to be loo
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from driver import PHONE, Visitor, chromium, shoot, visit
 from playwright.sync_api import Browser
+
+
+def first(browser: Browser, url: str, out: Path) -> list[Visitor]:
+    """What somebody sees who opens the page and presses Generate, and how long it takes."""
+    start = time.monotonic()
+    visitor = visit(browser, url)
+    stands = time.monotonic() - start
+    paint = visitor.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime / 1000")
+    print(f"first picture after {paint:.2f} s, the page stands after {stands:.2f} s")
+    visitor.page.locator("#go").click()
+    print(f"the comparison as the page proposes it took {visitor.wait('is done'):.0f} s")
+    shoot(visitor, out / "first.png")
+    assert stands <= 3, stands
+    return [visitor]
+
+
+def keyboard(browser: Browser, url: str, out: Path) -> list[Visitor]:
+    """A run and a look at it without a pointer."""
+    visitor = visit(browser, url)
+    page = visitor.page
+
+    def tab_to(selector: str) -> None:
+        for _ in range(80):
+            page.keyboard.press("Tab")
+            if page.evaluate("selector => document.activeElement.closest(selector) !== null", selector):
+                return
+        raise AssertionError(f"{selector} is not reached by Tab")
+
+    def fill(selector: str, value: str) -> None:
+        tab_to(selector)
+        page.keyboard.press("Control+a")
+        page.keyboard.type(value)
+
+    fill("#prompt", "a small striped blue triangle moving up over a dark wall")
+    fill("#dense-steps", "1")
+    fill("#steps", "2")
+    tab_to("button.label-wrap")
+    page.keyboard.press("Enter")
+    for name, value in (("width", "64"), ("height", "64"), ("frames", "9")):
+        fill(f"#{name}", value)
+    tab_to("#go")
+    shoot(visitor, out / "keyboard-focus.png", whole=False)
+    page.keyboard.press("Enter")
+    visitor.wait("is done")
+    tab_to("#both")
+    page.keyboard.press("Enter")
+    tab_to("[role=tab]")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#mask img')?.naturalWidth > 0")
+    before = page.locator("#mask img").get_attribute("src")
+    tab_to("#query-column input[type=range]")
+    for _ in range(2):
+        page.keyboard.press("ArrowLeft")
+    page.wait_for_function("before => document.querySelector('#mask img')?.getAttribute('src') !== before", arg=before)
+    shoot(visitor, out / "keyboard.png")
+    print("a run was made and looked into by keys alone")
+    return [visitor]
 
 
 def generate(browser: Browser, url: str, out: Path) -> list[Visitor]:
@@ -135,6 +194,8 @@ def wrong(browser: Browser, url: str, out: Path) -> list[Visitor]:
 
 
 PARTS: dict[str, Callable[[Browser, str, Path], list[Visitor]]] = {
+    "first": first,
+    "keyboard": keyboard,
     "wrong": wrong,
     "generate": generate,
     "stop": stop,

@@ -1,24 +1,28 @@
-"""The page itself, where Gradio is installed: what it answers, what it serves, and what it does not."""
+"""The page itself: what it answers, what it serves, and what it does not."""
 
+import inspect
 import os
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import gradio
+import httpx
 import pytest
 
-gradio = pytest.importorskip("gradio", minversion="6.0")
-httpx = pytest.importorskip("httpx")
-
-from sparse_dit.app.demo import style  # noqa: E402
-from sparse_dit.app.demo.actions import Asked, Finished, Studio  # noqa: E402
-from sparse_dit.app.demo.answers import Answers  # noqa: E402
-from sparse_dit.app.demo.limits import split_recipe  # noqa: E402
-from sparse_dit.app.demo.page import EXAMPLES, build  # noqa: E402
-from sparse_dit.app.demo.visits import Visit, Visits  # noqa: E402
-from sparse_dit.recipe import load_recipe, recipe_names  # noqa: E402
+from sparse_dit.app.demo.actions import Asked, Finished, Studio
+from sparse_dit.app.demo.answers import Answers
+from sparse_dit.app.demo.limits import split_recipe
+from sparse_dit.app.demo.page import EXAMPLES, build
+from sparse_dit.app.demo.serve import LOCAL, demo, listening
+from sparse_dit.app.demo.visits import Visit, Visits
+from sparse_dit.eval.demo_client import Visitor
+from sparse_dit.pipelines.tiny_wan.grammar import vocabulary
+from sparse_dit.recipe import load_recipe, recipe_names
 
 
 @pytest.fixture
@@ -64,7 +68,7 @@ def test_wrong_input_is_refused_before_the_line(answers: Answers, asked: Asked) 
     for position, value in ((0, "/etc"), (1, "<b>x"), (3, -1), (4, 10**9), (8, 7), (11, "file: ../x")):
         fields = sent(asked)
         fields[position] = value
-        told, _ = answers.admit(visit, None, *fields)
+        told, *_ = answers.admit(visit, None, *fields)
         assert "valid: " in told
         assert set(re.findall(r"<\w+", told)) == {"<p", "<b"}, "its own tags only"
         assert list(answers.run(visit)) == [{answers.parts.status: gradio.skip()}]
@@ -80,6 +84,29 @@ def test_a_full_line_refuses_politely_and_a_stopped_run_makes_room(answers: Answ
     answers.admit(three, None, *sent(asked))
     assert list(answers.run(two)) == [{answers.parts.status: gradio.skip()}]
     assert "Nothing is running" in answers.stop(two)
+
+
+def test_the_line_moves_on_while_one_waits(studio: Studio, visits: Visits, asked: Asked) -> None:
+    answers = Answers(studio, visits, places=3)
+    build(answers)
+    one, two, three = (visits.open(name) for name in ("one", "two", "three"))
+    assert not answers.admit(one, None, *sent(asked))[2].active, "nobody is ahead, so there is nothing to look at"
+    assert answers.admit(two, None, *sent(asked))[2].active
+    assert "2 ahead" in answers.admit(three, None, *sent(asked))[0]
+    assert "2 ahead" in answers.place(three)[0]
+    answers.stop(one)
+    assert "1 ahead" in answers.place(three)[0]
+    answers.admit(one, None, *sent(asked))  # again, and now at the end
+    assert "1 ahead" in answers.place(three)[0]
+    assert "2 ahead" in answers.place(one)[0]
+    assert "Starting" in answers.place(two)[0]
+    next(answers.run(two))
+    for gone in (two, None):
+        line, clock = answers.place(gone)
+        assert line == gradio.skip()
+        assert not clock.active
+    answers.stop(three)
+    assert not answers.place(three)[1].active
 
 
 def test_runs_of_others_cannot_be_shown(answers: Answers, run: Finished) -> None:
@@ -100,25 +127,19 @@ def test_every_recipe_can_be_chosen(answers: Answers, name: str) -> None:
     assert (density.value, steps, precision, rest) == split_recipe(load_recipe(name))
 
 
-def test_examples_name_recipes(answers: Answers) -> None:
+def test_examples_name_recipes_and_words_that_tiny_wan_knows() -> None:
     assert {recipe for _, recipe, _ in EXAMPLES} <= set(recipe_names())
+    assert {word for prompt, *_ in EXAMPLES for word in prompt.split()} <= set(vocabulary())
 
 
 @pytest.fixture(scope="module")
 def served(studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Visits]]:
     """A running server on this machine, and its visits."""
-    root = tmp_path_factory.mktemp("served")
-    visits = Visits(root / "visits")
+    visits = Visits(tmp_path_factory.mktemp("served") / "visits")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(root / "cache"))
-        gradio.set_static_paths([visits.root])
-        page = build(Answers(studio, visits, places=2)).queue()
-        _, url, _ = page.launch(
-            server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False,
-            theme=style.theme(), css=style.CSS, max_file_size="1kb",
-        )  # fmt: skip
-        yield url, visits
-        page.close()
+        patch.setenv("GRADIO_TEMP_DIR", str(visits.root / "cache"))
+        with listening(studio, visits, LOCAL, 0, places=2) as url:
+            yield url, visits
 
 
 def test_the_page_names_no_other_host_in_scripts_styles_and_fonts(served: tuple[str, Visits]) -> None:
@@ -129,6 +150,31 @@ def test_the_page_names_no_other_host_in_scripts_styles_and_fonts(served: tuple[
     theme = httpx.get(f"{url}theme.css", timeout=60).text
     assert not re.findall(r"@import|url\([\"']?https?:", theme)
     assert "@font-face" not in theme
+
+
+def test_the_server_speaks_to_this_machine_alone(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bound to the loopback address unless told otherwise; no look-up of any other host, before, during or after."""
+    assert inspect.signature(demo).parameters["host"].default == LOCAL == "127.0.0.1"
+    asked: set[Any] = set()
+    look_up = socket.getaddrinfo
+
+    def watch(host: Any, *arguments: Any, **settings: Any) -> Any:
+        asked.add(host.decode() if isinstance(host, bytes) else host)
+        return look_up(host, *arguments, **settings)
+
+    monkeypatch.setattr(socket, "getaddrinfo", watch)
+    with listening(studio, Visits(tmp_path / "visits"), LOCAL, 0, places=1) as url:
+        assert httpx.get(f"{url}config", timeout=60).json()["analytics_enabled"] is False
+        port = urlsplit(url).port
+        files = [Path(f"/proc/net/{table}") for table in ("tcp", "tcp6")]
+        rows = [line.split() for file in files if file.exists() for line in file.read_text().splitlines()[1:]]
+        # Columns: number, local address in hexadecimal, the other address, state; 0A is listening.
+        bound = [row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port]
+        assert bound == ["0100007F"]
+        Visitor(url).leave()
+    assert asked <= {LOCAL, "localhost", None}, asked
 
 
 def test_files_of_visits_are_served_and_no_others(served: tuple[str, Visits], mini_wan: Path) -> None:

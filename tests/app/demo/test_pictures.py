@@ -7,6 +7,7 @@ import pytest
 
 from sparse_dit.app.demo import pictures
 from sparse_dit.app.demo.actions import Finished
+from sparse_dit.app.demo.page import EXAMPLES
 
 
 def test_a_difference_is_enlarged_and_multiplied() -> None:
@@ -58,6 +59,14 @@ def test_numbers_name_what_the_record_holds(run: Finished) -> None:
         assert text in html
     nothing = {**run.record, "density": None, "calls": {"sparse": 0, "made": 4, "dense": {"dense_steps": 4}}}
     assert "Every call was dense" in pictures.numbers_html(nothing)
+
+
+def test_words_that_tiny_wan_does_not_know_are_told(run: Finished) -> None:
+    prompt = "a small red circle on a white <b> lawn, a small lawn,"
+    html = pictures.numbers_html({**run.record, "model": "tiny-wan", "prompt": prompt})
+    assert "tiny-wan was trained on few words, and not on: on, white, &lt;b&gt;, lawn,. " in html
+    assert "few words" not in pictures.numbers_html({**run.record, "prompt": prompt}), "other models know more"
+    assert "few words" not in pictures.numbers_html({**run.record, "model": "tiny-wan", "prompt": EXAMPLES[0][0]})
 
 
 def test_heat_maps_tell_dense_cells_apart(run: Finished) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sparse_dit.app.demo.actions import Asked, Finished
-from sparse_dit.app.demo.visits import MAX_RUNS, Stopped, Visit, Visits
+from sparse_dit.app.demo.visits import MAX_RUNS, MAX_VISITS, Stopped, Visit, Visits
 from sparse_dit.pipelines.generate import Request
 from sparse_dit.recipe import Recipe
 
@@ -86,3 +86,22 @@ def test_the_line_takes_one_run_a_visit_and_no_more_than_it_has_places(visits: V
         visits.enter(three, ASKED, 2)
     visits.close("one")  # whoever leaves makes room
     assert visits.enter(three, ASKED, 2) == 1
+
+
+def test_visits_that_nobody_closes_do_not_pile_up(visits: Visits) -> None:
+    busy, used, idle = (visits.open(name) for name in ("busy", "used", "idle"))
+    visits.enter(busy, ASKED, 2)
+    visits.enter(used, ASKED, 2)
+    used.asked = None  # its run has ended
+    for number in range(MAX_VISITS - 2):
+        visits.open(str(number))
+    assert len(visits) == MAX_VISITS == len(list(visits.root.iterdir()))
+    assert idle.closed
+    assert not idle.folder.exists()
+    # Last used last: "used" outlives those that were opened before it had its run.
+    assert not used.closed
+    for number in range(MAX_VISITS):
+        visits.open(f"later {number}")
+    assert used.closed
+    assert not busy.closed, "a run that is under way is not taken away"
+    assert len(visits) == MAX_VISITS
