@@ -257,9 +257,7 @@ def equal_recipes(rows: Iterable[Row], found: Mapping[float, str]) -> list[Recip
 
     Low precision is compared with native one of the same recipe, not with ours.
     """
-    others = [
-        row for row in rows if row["recipe"]["precision"] == "native" and row["recipe"]["name"] not in contest.KINDS
-    ]
+    others = [row for row in rows if row["recipe"]["precision"] == "native" and row["recipe"]["name"] in CONTENDERS]
     recipes = []
     for setting in settings(others):
         name = found[contest.near(setting)]
