@@ -140,6 +140,9 @@ RULES: dict[str, dict[str, Any]] = {
     "flat": {"name": "mass", "adaptive": False},
 }
 SKIPPED = ("drop", "summary")
+# What skipped blocks added at the last whole call, as DiTFastAttn keeps it: beside settings that make such calls.
+REUSE: dict[str, Any] = {"name": "reuse", "ratio": False}
+_REFRESH_EVERY = 5
 OURS = "ours"
 _SEARCHES_AFTER = (4, 12)  # of mixtures that search, as many steps after the first one
 
@@ -235,6 +238,28 @@ def twin(name: str) -> str:
     """The same mixture with skipped blocks treated the other way."""
     choice, _, skipped = name.rpartition("-")
     return f"{choice}-{SKIPPED[1 - SKIPPED.index(skipped)]}"
+
+
+def reusing(name: str, run_density: float, whole_steps: int, steps: int, blocks: int) -> Recipe | None:
+    """A mixture's order and rule with what skipped blocks added at the last whole call, every fifth sparse step whole.
+
+    Args:
+        name: of the mixture; what it does with skipped blocks does not count.
+        run_density, whole_steps, steps, blocks: as `at_run_density`.
+
+    Returns:
+        The recipe, or `None` where so many whole steps, or so little computing, do not come about.
+    """
+    choice = name.rpartition("-")[0]
+    dense_steps = next(
+        (first for first in range(steps) if first + -(-(steps - first) // _REFRESH_EVERY) == whole_steps), None
+    )
+    plain = at_run_density(f"{choice}-drop", run_density, whole_steps, steps, blocks)
+    if dense_steps is None or plain is None:
+        return None
+    schedule = {"dense_steps": dense_steps, "refresh_every": _REFRESH_EVERY}
+    changed = {"name": f"{OURS}-reuse", "source": f"{choice}-reuse", "skipped": REUSE, "schedule": schedule}
+    return Recipe.from_dict({**plain.to_dict(), **changed})
 
 
 def as_ours(recipe: Recipe) -> Recipe:

@@ -9,7 +9,7 @@ from sparse_dit.eval.contenders import DENSITIES, OURS
 from sparse_dit.eval.settings import Interval, Setting, interval, paired
 
 NEAR = 0.01  # run densities that count as equal
-KINDS = (OURS, f"{OURS}-drop")
+KINDS = (OURS, f"{OURS}-drop", f"{OURS}-reuse")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,12 @@ def is_ours(setting: Setting) -> bool:
     return setting.name in KINDS
 
 
+def caches(setting: Setting) -> bool:
+    """Whether a setting keeps what skipped blocks added at the last whole call."""
+    skipped = setting.rows[0]["recipe"].get("skipped", "drop")
+    return isinstance(skipped, dict) and skipped["name"] == "reuse"
+
+
 def is_equal(setting: Setting, other: Setting) -> bool:
     """Whether two settings compute as much over a run, in as many whole steps."""
     within = abs(run_density(setting) - run_density(other)) <= NEAR
@@ -71,6 +77,10 @@ def standing(setting: Setting, settings: Sequence[Setting], kind: str = OURS) ->
         kind: one of `KINDS`.
     """
     equal = [other for other in settings if other.name == kind and is_equal(setting, other)]
+    if kind == OURS and caches(setting):
+        # What keeps residuals is met by ours that keeps them, too.
+        keeps = f"{OURS}-reuse"
+        equal = [other for other in settings if other.name == keeps and is_equal(setting, other)] or equal
     if not equal:
         return None
     # Where two are near enough: the one that was found for this density, then the nearest.

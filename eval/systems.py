@@ -40,6 +40,7 @@ from sparse_dit.eval.contenders import (
     at_run_density,
     dense_steps_of,
     mixtures,
+    reusing,
     searching,
     small,
     twin,
@@ -256,13 +257,14 @@ def equal_recipes(rows: Iterable[Row], found: Mapping[float, str]) -> list[Recip
 
     Low precision is compared with native one of the same recipe, not with ours.
     """
-    others = [
-        row for row in rows if row["recipe"]["precision"] == "native" and row["recipe"]["name"] not in contest.KINDS
-    ]
+    others = [row for row in rows if row["recipe"]["precision"] == "native" and row["recipe"]["name"] in CONTENDERS]
     recipes = []
     for setting in settings(others):
         name = found[contest.near(setting)]
-        recipes += _both(name, contest.run_density(setting), contest.whole_steps(setting))
+        wanted = contest.run_density(setting), contest.whole_steps(setting)
+        recipes += _both(name, *wanted)
+        if contest.caches(setting) and (kept := reusing(name, *wanted, STEPS, BLOCKS)) is not None:
+            recipes.append(kept)
     return list({json.dumps(recipe.to_dict()): recipe for recipe in recipes}.values())
 
 

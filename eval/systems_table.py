@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from sparse_dit.eval import contest
-from sparse_dit.eval.contenders import BLOCK, DENSITIES, OURS
+from sparse_dit.eval.contenders import BLOCK, DENSITIES, OURS, mixtures
 from sparse_dit.eval.results import Row
 from sparse_dit.eval.settings import Setting, settings
 from sparse_dit.selection.dynamic import blocks_of_share
@@ -47,7 +47,7 @@ def systems(rows: Sequence[Row], recalls: Sequence[Row] = (), overheads: Sequenc
         recalls: as `sparse_dit.eval.recall` writes them.
         overheads: as `sparse_dit.eval.bench.systems` writes them.
     """
-    found = settings([row for row in rows if row["recipe"]["precision"] == "native"])
+    found = _newest(settings([row for row in rows if row["recipe"]["precision"] == "native"]))
     kept = {json.dumps(row["recipe"], sort_keys=True): row["recall"] for row in recalls}
     shares = {row["system"]: row["share"] for row in overheads if row["shape"]["tokens"] == OVERHEAD_TOKENS}
     nominal = {
@@ -72,6 +72,19 @@ def systems(rows: Sequence[Row], recalls: Sequence[Row] = (), overheads: Sequenc
             "",
         ]
     return "\n".join(lines).rstrip()
+
+
+def _newest(found: Sequence[Setting]) -> list[Setting]:
+    """Ours, and of every other system the last made setting at each density and number of dense first steps.
+
+    Knobs are turned anew when presets or searches change; mixtures of an earlier search stand in its own rows.
+    """
+    latest: dict[tuple[str, int, float], Setting] = {}
+    for setting in sorted(found, key=lambda one: max(row.get("created", "") for row in one.rows)):
+        if not contest.is_ours(setting) and setting.name not in set(mixtures()):
+            dense_steps = setting.rows[0]["recipe"]["schedule"]["dense_steps"]
+            latest[setting.name, dense_steps, contest.near(setting)] = setting
+    return [setting for setting in found if contest.is_ours(setting)] + list(latest.values())
 
 
 def overhead(rows: Sequence[Row]) -> str:
@@ -106,6 +119,8 @@ def overhead(rows: Sequence[Row]) -> str:
 
 def _place(setting: Setting, nominal: set[int]) -> tuple[int, float] | None:
     """The group in which one of ours has a line of its own: that whose run density it was made for."""
+    if setting.name == f"{OURS}-reuse":
+        return None  # beside others only
     row = setting.rows[0]
     blocks = -(-row["grid"][0] * row["grid"][1] * row["grid"][2] // BLOCK)
     for dense_steps in nominal:

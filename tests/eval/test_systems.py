@@ -192,6 +192,24 @@ def test_a_line_shows_ours_at_the_same_run_density_and_whole_steps() -> None:
     assert cells[12:] == ["3 of 3", "-1.0 [-1.0, -1.0]"]
 
 
+def test_what_keeps_residuals_is_met_by_ours_that_keeps_them() -> None:
+    for first, whole in ((0, 4), (4, 8)):
+        theirs = small("ditfastattn", 0.25, first, None)
+        rows = [row_of(theirs, 0.247, 30.0)]
+        equal = equal_recipes(rows, WINNERS)
+        assert [recipe.name for recipe in equal] == ["ours", "ours-drop", "ours-reuse"]
+        kept = equal[-1]
+        assert (kept.source, kept.schedule.dense_steps) == ("hilbert-lse4-reuse", first)
+        assert first + len(whole_steps(kept, range(first, STEPS))) == whole
+        assert run_density_of(kept) == pytest.approx(rows[0]["run_density"], abs=contest.NEAR)
+        rows += [row_of(equal[0], 0.25, 31.0), row_of(kept, 0.25, 35.0)]
+        groups = settings(rows)
+        [group] = [group for group in groups if group.name == "ditfastattn"]
+        beside = contest.standing(group, groups)
+        assert beside is not None
+        assert (beside.ours.name, beside.difference) == ("ours-reuse", 5.0)
+
+
 def test_a_contest_needs_equal_run_density_and_as_many_whole_steps() -> None:
     groups = settings(
         [
