@@ -27,7 +27,7 @@ def architecture_of(target: GPUTarget) -> str:
 
 
 def report(target_name: str, source: Any, options: dict[str, Any]) -> None:
-    """Compiles a kernel and prints a line of JSON, for NVIDIA with registers and stack, for sm_90 with `sass`'s findings."""
+    """Compiles a kernel and prints a line of JSON: NVIDIA with registers and stack, sm_90 with what `sass` finds."""
     target = target_of(target_name)
     compiled = triton_compile(source, target=target, options=options)
     binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
