@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_dit.kernels.gather_triton import triton_gather
 from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
 from sparse_dit.kernels.quantize import (
     CODE_ALIGN,
@@ -36,7 +35,6 @@ from sparse_dit.kernels.quantize import (
 from sparse_dit.kernels.tiles import architecture
 
 STEPS = 4  # tiles a program
-VALUES_WARPS = 8
 
 
 @triton.jit
@@ -127,12 +125,9 @@ def sampled_means_kernel(
 
 @triton.jit
 def _tokens(p_order, o_place, seq, ORDERED: tl.constexpr):
-    """Ids of the tokens at the given places of the order; behind the last place, of the last token again.
-
-    The order comes as 32-bit halves, of which the lower one is loaded: half the registers and shared memory.
-    """
+    """Ids of the tokens at the given places of the order; behind the last place, of the last token again."""
     o_place = tl.minimum(o_place, seq - 1)
-    return tl.load(p_order + o_place * 2) if ORDERED else o_place.to(tl.int32)
+    return (tl.load(p_order + o_place) if ORDERED else o_place).to(tl.int32)  # half the registers
 
 
 @triton.jit
@@ -146,8 +141,10 @@ def _tile(p_x, o_token, x_token, o_dim, x_dim, m_dim, MASKED: tl.constexpr):
 def quantize_kernel(
     p_q,
     p_k,
+    p_v,
     p_order,
     p_k_mean,
+    p_v_mean,
     p_signs,
     p_norms,
     p_q_codes,
@@ -155,6 +152,8 @@ def quantize_kernel(
     p_lse_shift,
     p_k_codes,
     p_k_scale,
+    p_v_codes,
+    p_v_scale,
     q_batch,
     q_head,
     q_token,
@@ -163,6 +162,10 @@ def quantize_kernel(
     k_head,
     k_token,
     k_dim,
+    v_batch,
+    v_head,
+    v_token,
+    v_dim,
     order_head,
     heads,
     seq_q,
@@ -170,6 +173,7 @@ def quantize_kernel(
     padded_k,
     scale,
     scale_log2,
+    FP8: tl.constexpr,
     ORDERED: tl.constexpr,
     ROTATE: tl.constexpr,
     PIECE: tl.constexpr,
@@ -182,15 +186,17 @@ def quantize_kernel(
     STEPS: tl.constexpr,
     STAGES: tl.constexpr,
     INT8_TOP: tl.constexpr,
+    FP8_TOP: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    """INT8 codes of STEPS tiles of TOKENS places of one head, in programs (i, batch and head, 0 for q or 1 for k).
+    """STEPS tiles of TOKENS places of one head, in programs (i, batch and head, 0 for q, 1 for k, the others for v).
 
-    Several tiles a program, so that signs are read once for all of them and tokens of one tile arrive while the last is
-    worked on. Strides of tokens are in PIECE elements, as in `pool_triton`. Where all columns are multiplied by NORM,
-    the scales are, instead.
+    Several tiles of q or k a program, so that signs are read once for all of them and tokens of one tile arrive while
+    the last is worked on; v has a program a tile. Strides of tokens are in PIECE elements, as in `pool_triton`. Where
+    all columns are multiplied by NORM, the scales are, instead.
     """
     q_token, k_token = tl.cast(q_token, tl.int64) * PIECE, tl.cast(k_token, tl.int64) * PIECE
+    v_token = tl.cast(v_token, tl.int64) * PIECE
     i_bh, role = tl.program_id(1).to(tl.int64), tl.program_id(2)
     i_b, i_h = i_bh // heads, i_bh % heads
     first = tl.program_id(0).to(tl.int64) * STEPS
@@ -200,7 +206,7 @@ def quantize_kernel(
     MASKED: tl.constexpr = HEAD_SIZE < PADDED
     FACTOR: tl.constexpr = NORM if ROTATE and NORM > 0 else 1.0
     if ORDERED:
-        p_order += i_h * order_head * 2
+        p_order += i_h * order_head
     if role == 0:
         p_q += (i_b * q_batch + i_h * q_head) * PIECE
         if ROTATE:
@@ -221,7 +227,7 @@ def quantize_kernel(
             b_codes = _int8(b_y, (tl.div_rn(INT8_TOP, b_top) * FACTOR)[:, None])
             m_codes = m_q[:, None] & (o_dim < CODES)[None, :]
             tl.store(p_q_codes + o_row[:, None] * CODES + o_dim[None, :], b_codes, mask=m_codes)
-    else:
+    elif role == 1:
         p_k += (i_b * k_batch + i_h * k_head) * PIECE
         if ROTATE:
             b_signs = _signs(p_signs, PART)
@@ -240,57 +246,30 @@ def quantize_kernel(
             b_factor = tl.where(o_place < seq_k, tl.div_rn(INT8_TOP, top) * FACTOR, 0.0)
             b_codes = _int8(b_y, b_factor[:, None])
             tl.store(p_k_codes + o_codes, b_codes, mask=(o_dim < CODES)[None, :])
-
-
-@triton.jit
-def quantize_values_kernel(
-    p_v,
-    p_order,
-    p_v_mean,
-    p_v_codes,
-    p_v_scale,
-    v_batch,
-    v_head,
-    v_token,
-    v_dim,
-    order_head,
-    heads,
-    seq_k,
-    padded_k,
-    ORDERED: tl.constexpr,
-    PIECE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    FP8_TOP: tl.constexpr,
-    LEAST: tl.constexpr,
-):
-    """E4M3 codes of TOKENS places of one head, transposed, in programs (place, batch and head).
-
-    Apart from q and k, whose signs and stages leave a multiprocessor two programs: this pass needs many.
-    """
-    v_token = tl.cast(v_token, tl.int64) * PIECE
-    i_tile, i_bh = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i_b, i_h = i_bh // heads, i_bh % heads
-    o_dim = tl.arange(0, PADDED)
-    m_dim = o_dim < HEAD_SIZE
-    o_local = tl.arange(0, TOKENS)
-    if ORDERED:
-        p_order += i_h * order_head * 2
-    p_v += (i_b * v_batch + i_h * v_head) * PIECE
-    # Row 4 t + 2 i + e of 16 takes token 8 i + 2 t + e, see Quantized.
-    o_16 = o_local % 16
-    o_place = i_tile * TOKENS + o_local - o_16 + o_16 // 2 % 2 * 8 + o_16 // 4 * 2 + o_16 % 2
-    o_token = _tokens(p_order, o_place, seq_k, ORDERED)
-    b_x = _tile(p_v, o_token, v_token, o_dim, v_dim, m_dim, HEAD_SIZE < PADDED)
-    b_mean = tl.load(p_v_mean + i_bh * HEAD_SIZE + o_dim, mask=m_dim, other=0.0)
-    b_y = b_x.to(tl.float32) - b_mean[None, :]
-    top = tl.maximum(tl.max(tl.abs(b_y)), LEAST)
-    tl.store(p_v_scale + i_bh * (padded_k // TOKENS) + i_tile, tl.div_rn(top, FP8_TOP))
-    b_factor = tl.where(o_place < seq_k, tl.div_rn(FP8_TOP, top), 0.0)
-    b_codes = (b_y * b_factor[:, None]).to(p_v_codes.dtype.element_ty)
-    o_codes = (i_bh * HEAD_SIZE + o_dim[:, None]) * padded_k + i_tile * TOKENS + o_local[None, :]
-    tl.store(p_v_codes + o_codes, tl.trans(b_codes), mask=m_dim[:, None])
+    else:
+        p_v += (i_b * v_batch + i_h * v_head) * PIECE
+        i_tile = first + role - 2
+        o_place = i_tile * TOKENS + o_local
+        if i_tile < padded_k // TOKENS:
+            if FP8:
+                # Row 4 t + 2 i + e of 16 takes token 8 i + 2 t + e, see Quantized.
+                o_16 = o_local % 16
+                o_place = o_place - o_16 + o_16 // 2 % 2 * 8 + o_16 // 4 * 2 + o_16 % 2
+            o_token = _tokens(p_order, o_place, seq_k, ORDERED)
+            b_x = _tile(p_v, o_token, v_token, o_dim, v_dim, m_dim, MASKED)
+            if FP8:
+                b_mean = tl.load(p_v_mean + i_bh * HEAD_SIZE + o_dim, mask=m_dim, other=0.0)
+                b_y = b_x.to(tl.float32) - b_mean[None, :]
+                top = tl.maximum(tl.max(tl.abs(b_y)), LEAST)
+                tl.store(p_v_scale + i_bh * (padded_k // TOKENS) + i_tile, tl.div_rn(top, FP8_TOP))
+                b_factor = tl.where(o_place < seq_k, tl.div_rn(FP8_TOP, top), 0.0)
+                b_codes = (b_y * b_factor[:, None]).to(p_v_codes.dtype.element_ty)
+                o_codes = (i_bh * HEAD_SIZE + o_dim[:, None]) * padded_k + i_tile * TOKENS + o_local[None, :]
+                tl.store(p_v_codes + o_codes, tl.trans(b_codes), mask=m_dim[:, None])
+            else:
+                o_row = (i_bh * seq_k + o_place)[:, None]
+                m_x = (o_place < seq_k)[:, None] & m_dim[None, :]
+                tl.store(p_v_codes + o_row * HEAD_SIZE + o_dim[None, :], b_x, mask=m_x)
 
 
 def launch_options(head_size: int, arch: str) -> dict[str, Any]:
@@ -299,10 +278,11 @@ def launch_options(head_size: int, arch: str) -> dict[str, Any]:
     return {"num_warps": num_warps, "maxnreg": 128} if arch == "sm_90" else {"num_warps": num_warps}
 
 
-def constants(head_size: int, ordered: bool, rotate: bool, piece: int) -> dict[str, Any]:
+def constants(precision: str, head_size: int, ordered: bool, rotate: bool, piece: int) -> dict[str, Any]:
     """The compile-time arguments of `quantize_kernel`."""
     width = triton.next_power_of_2(head_size)
     return {
+        "FP8": precision == "int8_fp8",
         "ORDERED": ordered,
         "ROTATE": rotate,
         "PIECE": piece,
@@ -313,24 +293,20 @@ def constants(head_size: int, ordered: bool, rotate: bool, piece: int) -> dict[s
         "CODES": padded(head_size, CODE_ALIGN),
         "TOKENS": GROUP,
         "STEPS": STEPS,
-        # Whole rows of whole pieces go from memory to the matrix units without a stop in registers.
-        "STAGES": 2 if rotate and width == head_size <= ROTATED and piece > 1 else 1,
+        # Whole rows of whole pieces go from memory to the matrix units without a stop in registers. The ids of an order
+        # take the shared memory that two programs a multiprocessor would then lack.
+        "STAGES": 2 if rotate and not ordered and width == head_size <= ROTATED and piece > 1 else 1,
         "INT8_TOP": INT8_MAX,
+        "FP8_TOP": FP8_MAX,
         "LEAST": SMALLEST,
     }
 
 
-def values_constants(fixed: dict[str, Any]) -> dict[str, Any]:
-    """Those of `quantize_values_kernel`, from `constants`."""
-    names = ("ORDERED", "PIECE", "HEAD_SIZE", "PADDED", "TOKENS", "LEAST")
-    return {name: fixed[name] for name in names} | {"FP8_TOP": FP8_MAX}
-
-
-def means_constants(fixed: dict[str, Any], fp8: bool) -> dict[str, Any]:
+def means_constants(fixed: dict[str, Any]) -> dict[str, Any]:
     """Those of `sampled_means_kernel`, from `constants`."""
-    names = ("ROTATE", "PIECE", "HEAD_SIZE", "PADDED", "PART", "NORM")
+    names = ("FP8", "ROTATE", "PIECE", "HEAD_SIZE", "PADDED", "PART", "NORM")
     # 16 K elements at once: few steps, each of which waits for memory.
-    return {name: fixed[name] for name in names} | {"FP8": fp8, "STEP": max(SAMPLE * 64 // fixed["PADDED"], 64)}
+    return {name: fixed[name] for name in names} | {"STEP": max(SAMPLE * 64 // fixed["PADDED"], 64)}
 
 
 @lru_cache
@@ -352,9 +328,7 @@ def triton_quantize(
     fp8 = precision == "int8_fp8"
     whole = all(is_aligned(x) for x in (q, k, v))
     strides = [[*(pieces(x) if whole else x.stride()[:-1]), x.stride(-1)] for x in (q, k, v)]
-    fixed = constants(head_size, order is not None, rotate, PIECE_BYTES // q.element_size() if whole else 1)
-    order_head = 0 if order is None or len(order) == 1 else order.stride(0)
-    halves = None if order is None else order.view(torch.int32)
+    fixed = constants(precision, head_size, order is not None, rotate, PIECE_BYTES // q.element_size() if whole else 1)
 
     def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(batch, heads, *shape, dtype=dtype, device=q.device)
@@ -368,24 +342,23 @@ def triton_quantize(
         v_codes = fresh(head_size, padded_k, dtype=torch.float8_e4m3fn)
         v_scale = fresh(padded_k // GROUP)
     elif order is not None:
-        v_codes = triton_gather((v,), order)[0]
+        v_codes = fresh(seq_k, head_size, dtype=v.dtype)
     signs, norms = _rotation_factors(head_size, q.dtype, q.device) if rotate else (None, None)
     with torch.cuda.device_of(q):
         sampled_means_kernel[heads, batch, 1 + fp8](
             k, v, signs, norms, k_mean, v_mean, *strides[1], *strides[2], seq_k, min(seq_k, SAMPLE),
-            **means_constants(fixed, fp8), num_warps=8, enable_fp_fusion=False,
+            **means_constants(fixed), num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
         tiles = max(triton.cdiv(seq_q, GROUP), padded_k // GROUP)
-        quantize_kernel[triton.cdiv(tiles, STEPS), batch * heads, 2](
-            q, k, halves, k_mean, signs, norms, q_codes, q_scale, lse_shift, k_codes, k_scale,
-            *strides[0], *strides[1], order_head, heads, seq_q, seq_k, padded_k, scale, scale * LOG2_E,
+        grid = (triton.cdiv(tiles, STEPS), batch * heads, 2 if v_codes is v else 2 + STEPS)
+        quantize_kernel[grid](
+            q, k, v, order, k_mean, v_mean, signs, norms,
+            q_codes, q_scale, lse_shift, k_codes, k_scale, v_codes, v_scale,
+            *strides[0], *strides[1], *strides[2],
+            0 if order is None or len(order) == 1 else order.stride(0),
+            heads, seq_q, seq_k, padded_k, scale, scale * LOG2_E,
             **fixed, **launch_options(head_size, architecture(q.device)), enable_fp_fusion=False,
         )  # fmt: skip
-        if fp8:
-            quantize_values_kernel[padded_k // GROUP, batch * heads](
-                v, halves, v_mean, v_codes, v_scale, *strides[2], order_head, heads, seq_k, padded_k,
-                **values_constants(fixed), num_warps=VALUES_WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
     return Quantized(
         q=q_codes, q_scale=q_scale, lse_shift=lse_shift, k=k_codes, k_scale=k_scale,
         v=v_codes, v_scale=v_scale, v_mean=v_mean, seq_k=seq_k, head_size=head_size,

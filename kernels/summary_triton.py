@@ -247,7 +247,7 @@ def summary_kernel(
 _LAUNCHES = {
     64: Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=2),
     128: Launch(tile_q=64, tile_k=32, num_warps=4, num_stages=2),  # three programs a multiprocessor of sm_90, not one
-    256: Launch(tile_q=64, tile_k=32, num_warps=8, num_stages=2),
+    256: Launch(tile_q=32, tile_k=32, num_warps=4, num_stages=2),
 }
 # Warps a program where the query blocks are smaller than the pinned tile.
 _CUT_WARPS = 4

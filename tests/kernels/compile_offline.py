@@ -73,10 +73,10 @@ def quantized_variants(precision: str, architecture: str, every: bool) -> Iterat
     pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_signs"), "bf16")
     pointers |= {"p_order": "i64", "p_q_codes": "i8", "p_k_codes": "i8", "p_v_codes": codes}
     for head_size, ordered in ((72, True), (128, True), (128, False)) if every else ((128, False),):
-        fixed = quantize_triton.constants(head_size, ordered, rotate=True, piece=8)
+        fixed = quantize_triton.constants(precision, head_size, ordered, rotate=True, piece=8)
         options = quantize_triton.launch_options(head_size, architecture)
         yield Variant(quantize_triton.quantize_kernel, fixed, pointers, fusion=False, **options)
-    fixed = quantize_triton.means_constants(fixed, fp8)
+    fixed = quantize_triton.means_constants(fixed)
     yield Variant(quantize_triton.sampled_means_kernel, fixed, pointers, num_warps=8, fusion=False)
 
 
