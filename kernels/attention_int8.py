@@ -21,7 +21,7 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from sparse_dit.kernels.attention import column_split
+from sparse_dit.kernels.attention import LOG2_E, any_within, column_split, weighted
 from sparse_dit.kernels.pieces import aligned, pieces
 from sparse_dit.kernels.quantize import CODE_ALIGN, GROUP, Quantized, padded
 from sparse_dit.kernels.tiles import Launch, architecture, pinned
@@ -57,7 +57,9 @@ def _attend_tiles(
     v_row,
     i_index,
     seq_k,
+    pv_threshold,
     FP8: tl.constexpr,
+    SKIPS: tl.constexpr,
     MASKED: tl.constexpr,
     STAGES: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -74,7 +76,7 @@ def _attend_tiles(
     """Online softmax over tiles [first, last) of the listed blocks, TILE_K keys each.
 
     max' = max(max, rowmax(s)), sum' = sum 2^(max - max') + rowsum(2^(s - max')), acc' likewise with V, where
-    s = q_scale k_scale (codes of q . codes of k).
+    s = q_scale k_scale (codes of q . codes of k). SKIPS as in `attention`.
     """
     o_tile = tl.arange(0, TILE_K).to(tl.int64)  # [TILE_K]
     o_main = tl.arange(0, MAIN)
@@ -99,7 +101,9 @@ def _attend_tiles(
         if MASKED:
             b_s = tl.where(m_token[None, :], b_s, -(2**30))
         b_factor = b_q_scale * k_scale  # [TILE_Q]
-        b_new_max = tl.maximum(b_max, tl.max(b_s, 1).to(tl.float32) * b_factor)  # [TILE_Q]
+        b_tile_max = tl.max(b_s, 1).to(tl.float32) * b_factor  # [TILE_Q]
+        b_new_max = tl.maximum(b_max, b_tile_max)
+        taken = any_within(b_tile_max, b_new_max, pv_threshold, SKIPS)
         b_zero = b_new_max - 8.0 if FP8 else b_new_max
         b_p = tl.exp2(b_s.to(tl.float32) * b_factor[:, None] - b_zero[:, None])
         if MASKED:
@@ -107,24 +111,45 @@ def _attend_tiles(
         b_decay = tl.exp2(b_max - b_new_max)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_max = b_new_max
+        b_acc = b_acc * b_decay[:, None]
+        if REST > 0:
+            b_acc_rest = b_acc_rest * b_decay[:, None]
         if FP8:
             b_p8 = _pair_up(b_p.to(p_v.dtype.element_ty), TILE_Q, TILE_K)
             b_v = tl.load(p_v_tile + o_main[:, None] * v_row + o_tile[None, :])  # [MAIN, TILE_K]
-            b_acc = b_acc * b_decay[:, None] + _fp8_dot(b_p8, tl.trans(b_v), TILE_K) * v_scale
+            b_v_rest = b_v
             if REST > 0:
                 b_v_rest = tl.load(p_v_tile + o_rest[:, None] * v_row + o_tile[None, :])
-                b_part = _fp8_dot(b_p8, tl.trans(b_v_rest), TILE_K)
-                b_acc_rest = b_acc_rest * b_decay[:, None] + b_part * v_scale
+            b_acc, b_acc_rest = _weighted_fp8(
+                b_acc, b_acc_rest, b_p8, b_v, b_v_rest, v_scale, taken, SKIPS, REST, TILE_K
+            )
         else:
             p_v_main = p_v_tile + o_tile[:, None] * v_row + o_main[None, :]  # [TILE_K, MAIN]
             b_v = tl.load(p_v_main, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_v_main)
-            b_p16 = b_p.to(b_v.dtype)
-            b_acc = tl.dot(b_p16, b_v, b_acc * b_decay[:, None])
+            b_v_rest = b_v
             if REST > 0:
                 p_v_rest = p_v_tile + o_tile[:, None] * v_row + o_rest[None, :]  # [TILE_K, REST]
                 b_v_rest = tl.load(p_v_rest, mask=m_token[:, None], other=0.0) if MASKED else tl.load(p_v_rest)
-                b_acc_rest = tl.dot(b_p16, b_v_rest, b_acc_rest * b_decay[:, None])
+            b_acc, b_acc_rest = weighted(b_acc, b_acc_rest, b_p.to(b_v.dtype), b_v, b_v_rest, taken, SKIPS, REST)
     return b_acc, b_acc_rest, b_max, b_sum
+
+
+@triton.jit
+def _weighted_fp8(
+    b_acc, b_acc_rest, b_p, b_v, b_v_rest, v_scale, taken,
+    SKIPS: tl.constexpr, REST: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """acc + scale p v^T of a tile that is taken, in both parts."""
+    if SKIPS:
+        if taken:
+            b_acc += _fp8_dot(b_p, tl.trans(b_v), TILE_K) * v_scale
+            if REST > 0:
+                b_acc_rest += _fp8_dot(b_p, tl.trans(b_v_rest), TILE_K) * v_scale
+    else:
+        b_acc += _fp8_dot(b_p, tl.trans(b_v), TILE_K) * v_scale
+        if REST > 0:
+            b_acc_rest += _fp8_dot(b_p, tl.trans(b_v_rest), TILE_K) * v_scale
+    return b_acc, b_acc_rest
 
 
 @triton.jit
@@ -166,8 +191,10 @@ def int8_forward_kernel(
     seq_q,
     seq_k,
     padded_k,
+    pv_threshold,
     FP8: tl.constexpr,
     ORDERED: tl.constexpr,
+    SKIPS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     CODES: tl.constexpr,
     CODES_MAIN: tl.constexpr,
@@ -199,6 +226,7 @@ def int8_forward_kernel(
     REST_PADDED: tl.constexpr = REST if REST > 0 else 16
     o_rest = HEAD_SIZE - REST_PADDED + tl.arange(0, REST_PADDED)
     m_q = o_q < seq_q
+    o_row = tl.minimum(o_q, seq_q - 1)  # behind the end the last row again, see `attention`
 
     p_k += i_bh * padded_k * CODES
     p_k_scale += i_bh * (padded_k // SCALE_GROUP)
@@ -209,12 +237,12 @@ def int8_forward_kernel(
     p_indices += i_b * i_batch + i_h * i_head + i_block * i_row
     count = tl.load(p_counts + i_b * c_batch + i_h * c_head + i_block * c_row)
 
-    p_q_row = p_q + (i_bh * seq_q + o_q[:, None]) * CODES
-    b_q = tl.load(p_q_row + tl.arange(0, CODES_MAIN)[None, :], mask=m_q[:, None], other=0)  # [TILE_Q, CODES_MAIN]
+    p_q_row = p_q + (i_bh * seq_q + o_row[:, None]) * CODES
+    b_q = tl.load(p_q_row + tl.arange(0, CODES_MAIN)[None, :])  # [TILE_Q, CODES_MAIN]
     b_q_rest = b_q
     if CODES_REST > 0:
-        b_q_rest = tl.load(p_q_row + CODES_MAIN + tl.arange(0, CODES_REST)[None, :], mask=m_q[:, None], other=0)
-    b_q_scale = tl.load(p_q_scale + i_bh * seq_q + o_q, mask=m_q, other=0.0)  # [TILE_Q]
+        b_q_rest = tl.load(p_q_row + CODES_MAIN + tl.arange(0, CODES_REST)[None, :])
+    b_q_scale = tl.load(p_q_scale + i_bh * seq_q + o_row)  # [TILE_Q]
     b_acc = tl.zeros([TILE_Q, MAIN], tl.float32)
     b_acc_rest = tl.zeros([TILE_Q, REST_PADDED], tl.float32)
     b_max = tl.full([TILE_Q], -float("inf"), tl.float32)
@@ -227,8 +255,8 @@ def int8_forward_kernel(
         whole = tl.where(ends_ragged, count - 1, count)
     b_acc, b_acc_rest, b_max, b_sum = _attend_tiles(
         b_q, b_q_rest, b_q_scale, b_acc, b_acc_rest, b_max, b_sum, 0, whole * (BLOCK_K // TILE_K),
-        p_indices, p_k, p_k_scale, p_v, p_v_scale, v_row, i_index, seq_k,
-        FP8=FP8, MASKED=False, STAGES=None,
+        p_indices, p_k, p_k_scale, p_v, p_v_scale, v_row, i_index, seq_k, pv_threshold,
+        FP8=FP8, SKIPS=SKIPS, MASKED=False, STAGES=None,
         HEAD_SIZE=HEAD_SIZE, CODES=CODES, CODES_MAIN=CODES_MAIN, CODES_REST=CODES_REST, MAIN=MAIN, REST=REST,
         BLOCK_K=BLOCK_K, TILE_Q=TILE_Q, TILE_K=TILE_K, SCALE_GROUP=SCALE_GROUP,
     )  # fmt: skip
@@ -237,13 +265,13 @@ def int8_forward_kernel(
         last = tl.where(ends_ragged, first + tl.cdiv(seq_k % BLOCK_K, TAIL_TILE), first)
         b_acc, b_acc_rest, b_max, b_sum = _attend_tiles(
             b_q, b_q_rest, b_q_scale, b_acc, b_acc_rest, b_max, b_sum, first, last,
-            p_indices, p_k, p_k_scale, p_v, p_v_scale, v_row, i_index, seq_k,
-            FP8=FP8, MASKED=True, STAGES=1,
+            p_indices, p_k, p_k_scale, p_v, p_v_scale, v_row, i_index, seq_k, pv_threshold,
+            FP8=FP8, SKIPS=SKIPS, MASKED=True, STAGES=1,
             HEAD_SIZE=HEAD_SIZE, CODES=CODES, CODES_MAIN=CODES_MAIN, CODES_REST=CODES_REST, MAIN=MAIN, REST=REST,
             BLOCK_K=BLOCK_K, TILE_Q=TILE_Q, TILE_K=TAIL_TILE, SCALE_GROUP=SCALE_GROUP,
         )  # fmt: skip
 
-    o_out = tl.load(p_order + i_h * order_head + o_q, mask=m_q, other=0) if ORDERED else o_q  # [TILE_Q]
+    o_out = tl.load(p_order + i_h * order_head + o_row) if ORDERED else o_row  # [TILE_Q]
     p_out_row = p_out + o_out[:, None] * out_token
     b_out = b_acc / b_sum[:, None]
     if FP8:
@@ -257,7 +285,7 @@ def int8_forward_kernel(
         tl.store(p_out_row + o_rest[None, :], b_out_rest.to(p_out.dtype.element_ty), mask=m_out_rest)
     LN_2: tl.constexpr = 0.6931471805599453
     b_lse = (b_max + tl.log2(b_sum) - (8.0 if FP8 else 0.0)) * LN_2
-    b_lse += tl.load(p_lse_shift + i_bh * seq_q + o_q, mask=m_q, other=0.0)
+    b_lse += tl.load(p_lse_shift + i_bh * seq_q + o_row)
     tl.store(p_lse + i_bh * seq_q + o_out, b_lse, mask=m_q)
 
 
@@ -285,7 +313,15 @@ def launch_for(precision: str, head_size: int, block_q: int, block_k: int, arch:
 
 
 def constants(
-    precision: str, head_size: int, block_q: int, block_k: int, seq_k: int, ordered: bool, launch: Launch
+    precision: str,
+    head_size: int,
+    block_q: int,
+    block_k: int,
+    seq_k: int,
+    ordered: bool,
+    launch: Launch,
+    *,
+    skips: bool = False,
 ) -> dict[str, object]:
     """The kernel's compile-time arguments."""
     main, rest = column_split(head_size)
@@ -307,6 +343,7 @@ def constants(
         "TAIL_TILE": min(_TAIL_TILE, block_k),
         "SCALE_GROUP": GROUP,
         "RAGGED_K": seq_k % block_k != 0,
+        "SKIPS": skips,
     }
 
 
@@ -318,6 +355,7 @@ def triton_quantized_attention(
     block_q: int,
     block_k: int,
     dtype: torch.dtype,
+    pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The contract of `ops.block_sparse_attention` on codes made with the same order, arguments already checked.
 
@@ -335,6 +373,8 @@ def triton_quantized_attention(
     precision = "int8" if codes.v_scale is None else "int8_fp8"
     v = aligned(codes.v)
     launch = launch_for(precision, codes.head_size, block_q, block_k, architecture(codes.q.device))
+    ordered, skips = order is not None, pv_threshold is not None
+    fixed = constants(precision, codes.head_size, block_q, block_k, codes.seq_k, ordered, launch, skips=skips)
     grid = (triton.cdiv(seq_q, launch.tile_q), heads, batch)
     with torch.cuda.device_of(codes.q):
         int8_forward_kernel[grid](
@@ -342,8 +382,7 @@ def triton_quantized_attention(
             order, out, lse, indices, counts,
             *pieces(v), 0 if order is None or len(order) == 1 else order.stride(0),
             *pieces(out), *indices.stride(), *counts.stride(),
-            seq_q, codes.seq_k, codes.k.shape[2],
-            **constants(precision, codes.head_size, block_q, block_k, codes.seq_k, order is not None, launch),
+            seq_q, codes.seq_k, codes.k.shape[2], (pv_threshold or 0.0) * LOG2_E, **fixed,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse

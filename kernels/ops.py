@@ -68,6 +68,7 @@ def block_sparse_attention(
 
     Raises:
         ValueError: an argument is not as above, or the backend or the device cannot run it.
+        torch.OutOfMemoryError: the GPU lacks memory for what the call allocates, which the message tells.
     """
     _check_tensors(q, k, v)
     _check_blocks(q, k, blocks)
@@ -156,7 +157,13 @@ def _block_sparse_attention(
     skipped: str = "drop",
     pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _attend(q, k, v, indices, counts, order, block_q, block_k, scale, precision, backend, pv_threshold)
+    try:
+        out, lse = _attend(q, k, v, indices, counts, order, block_q, block_k, scale, precision, backend, pv_threshold)
+    except torch.OutOfMemoryError as error:
+        from sparse_dit.kernels.memory import told_shortage
+
+        # Every kernel is launched on memory that is there: only what led up to the attention has run.
+        raise torch.OutOfMemoryError(told_shortage(q, k, order, precision, backend)) from error
     if skipped == "summary":
         from sparse_dit.kernels.summary import merge_summaries
 
@@ -181,8 +188,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention along the lists alone, in the tokens' own order."""
     lists = (indices, counts, block_q, block_k)
-    if backend == "triton" and pv_threshold is not None:
-        raise ValueError(f"pv_threshold: {pv_threshold!r} with backend 'triton'; valid: backend 'host', or None")
+    order = None if order is None else order.contiguous()  # kernels step through rows
     if precision != "native":
         from sparse_dit.kernels.quantize import quantize
 
@@ -195,23 +201,28 @@ def _attend(
         if backend == "triton":
             from sparse_dit.kernels.attention_int8 import triton_quantized_attention
 
-            return triton_quantized_attention(codes, indices, counts, order, block_q, block_k, q.dtype)
+            return triton_quantized_attention(codes, indices, counts, order, block_q, block_k, q.dtype, pv_threshold)
         from sparse_dit.kernels.host import host_quantized_attention
 
         return _in_token_order(*host_quantized_attention(codes, *lists, q.dtype, pv_threshold), order)
-    if order is not None:
-        q, k, v = (gather_tokens(x, order) for x in (q, k, v))
-    if backend == "hopper":
-        from sparse_dit.kernels.hopper import hopper_attention
+    if backend == "host":
+        from sparse_dit.kernels.host import host_attention
 
-        return hopper_attention(q, k, v, indices, counts, order, block_q, block_k, scale)
+        if order is not None:
+            q, k, v = (gather_tokens(x, order) for x in (q, k, v))
+        return _in_token_order(*host_attention(q, k, v, *lists, scale, pv_threshold), order)
+    if order is not None:
+        from sparse_dit.kernels.gather_triton import triton_gather
     if backend == "triton":
         from sparse_dit.kernels.attention import triton_attention
 
-        return _in_token_order(*triton_attention(q, k, v, *lists, scale), order)
-    from sparse_dit.kernels.host import host_attention
+        # This kernel finds its queries by the order, too.
+        k, v = (k, v) if order is None else triton_gather((k, v), order)
+        return triton_attention(q, k, v, indices, counts, order, block_q, block_k, scale, pv_threshold)
+    from sparse_dit.kernels.hopper import hopper_attention
 
-    return _in_token_order(*host_attention(q, k, v, *lists, scale, pv_threshold), order)
+    q, k, v = (q, k, v) if order is None else triton_gather((q, k, v), order)
+    return hopper_attention(q, k, v, indices, counts, order, block_q, block_k, scale)
 
 
 def _in_token_order(out: Tensor, lse: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:

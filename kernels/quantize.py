@@ -120,6 +120,7 @@ def quantize(
     Raises:
         ValueError: precision or backend is none of these.
     """
+    order = None if order is None else order.contiguous()
     if precision not in LOW_PRECISIONS:
         raise ValueError(f"precision: {precision!r}; valid: one of {LOW_PRECISIONS}")
     if backend not in (None, "triton", "host"):

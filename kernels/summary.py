@@ -57,13 +57,13 @@ def merge_summaries(
         order: int64 [1 or H, S], token ids in the order in which they enter blocks, or None.
         backend: that of the call; the Hopper kernel's is merged by the portable Triton kernel.
     """
-    mean_k, mean_v = (block_means(x, blocks.block_k, order=order).to(x.dtype) for x in (k, v))
     if backend == "host":
+        mean_k, mean_v = (block_means(x, blocks.block_k, order=order).to(x.dtype) for x in (k, v))
         _torch_merge(out, lse, q, mean_k, mean_v, blocks, k.shape[2], scale, order)
     else:
         from sparse_dit.kernels.summary_triton import triton_merge
 
-        triton_merge(out, lse, q, mean_k, mean_v, blocks, k.shape[2], scale, order)
+        triton_merge(out, lse, q, k, v, blocks, scale, order)
 
 
 def summary_logits(blocks: BlockList, seq_k: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Triton: attention of all queries over the summaries of their skipped blocks, merged with what is there.
 
-Two kernels. The first looks each key block up in each list once, and lists the tiles of TILE_K blocks in which one is
-skipped; the second goes on over those tiles with the online softmax that ended with out and lse, a sum of 1 at the
-maximum lse. Tiles without a skipped block cost nothing, and query blocks that skip nothing are not touched.
+Three kernels. The first takes the means of k and v. The second looks each key block up in each list once, and lists the
+tiles of TILE_K blocks in which one is skipped; the third goes on over those tiles with the online softmax that ended
+with out and lse, a sum of 1 at the maximum lse. Tiles without a skipped block cost nothing, and query blocks that skip
+nothing are not touched.
 
 Names as in `attention`: `i_` program index, `p_` pointer, `o_` offsets, `m_` mask, `b_` values on chip.
 """
@@ -14,17 +15,86 @@ Names as in `attention`: `i_` program index, `p_` pointer, `o_` offsets, `m_` ma
 import math
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sparse_dit.kernels.blocks import BlockList
+from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
 from sparse_dit.kernels.tiles import Launch
 
 LOG2_E = math.log2(math.e)
-LOOKED_UP = 512  # key blocks that a program of the first kernel looks up at once
+LOOKED_UP = 512  # key blocks that a program of the second kernel looks up at once
 LOOK_UP_WARPS = 4
+MEANS_ELEMENTS, MEANS_WARPS = 8192, 4  # that a program of the first kernel loads at once, and its warps
+
+
+@triton.jit
+def _mean(
+    p_x, p_order, p_mean, x_token, x_dim, first, seq,
+    HEAD_SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
+    o_dim = tl.arange(0, COLUMNS)
+    m_dim = o_dim < HEAD_SIZE
+    b_sum = tl.zeros([TILE, COLUMNS], tl.float32)
+    for start in tl.static_range(0, BLOCK, TILE):
+        o_token = first + start + tl.arange(0, TILE)
+        m_token = o_token < seq
+        if ORDERED:
+            o_token = tl.load(p_order + o_token, mask=m_token, other=0)
+        m_x = m_token[:, None] & m_dim[None, :]
+        b_sum += tl.load(p_x + o_token[:, None] * x_token + o_dim[None, :] * x_dim, mask=m_x, other=0.0).to(tl.float32)
+    b_mean = tl.sum(b_sum, 0) / tl.maximum(tl.minimum(seq - first, BLOCK), 1).to(tl.float32)
+    tl.store(p_mean + o_dim, b_mean.to(p_mean.dtype.element_ty))
+
+
+@triton.jit
+def means_kernel(
+    p_k,
+    p_v,
+    p_order,
+    p_keys,
+    p_values,
+    k_batch,
+    k_head,
+    k_token,
+    k_dim,
+    v_batch,
+    v_head,
+    v_token,
+    v_dim,
+    order_head,
+    heads,
+    seq,
+    PIECE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    ORDERED: tl.constexpr,
+):
+    """Means of k and of v over a block of one head, programs (block, batch and head, 0 for k or 1 for v).
+
+    They lie [B, H, blocks, COLUMNS], zeros behind the last block and channel. Strides as in `pool_triton`.
+    """
+    k_token, v_token = tl.cast(k_token, tl.int64) * PIECE, tl.cast(v_token, tl.int64) * PIECE
+    i_block, i_bh = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    o_mean = (i_bh * tl.num_programs(0) + i_block) * COLUMNS
+    if ORDERED:
+        p_order += i_h * order_head
+    if tl.program_id(2) == 0:
+        p_k += (i_b * k_batch + i_h * k_head) * PIECE
+        _mean(
+            p_k, p_order, p_keys + o_mean, k_token, k_dim, i_block * BLOCK, seq,
+            HEAD_SIZE, COLUMNS, BLOCK, TILE, ORDERED,
+        )  # fmt: skip
+    else:
+        p_v += (i_b * v_batch + i_h * v_head) * PIECE
+        _mean(
+            p_v, p_order, p_values + o_mean, v_token, v_dim, i_block * BLOCK, seq,
+            HEAD_SIZE, COLUMNS, BLOCK, TILE, ORDERED,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -131,24 +201,26 @@ def summary_kernel(
     o_dim = tl.arange(0, COLUMNS)
     o_key = tl.arange(0, TILE_K)
     m_row = o_row < seq_q
-    m_rows = m_row[:, None] & (o_dim < HEAD_SIZE)[None, :]
-    o_token = o_row
+    # Behind the end the last row is computed again, and not stored: loads need no mask.
+    o_token = tl.minimum(o_row, seq_q - 1)
     if ORDERED:
-        o_token = tl.load(p_order + i_h * order_head + o_row, mask=m_row, other=0)
-    p_q += i_b * q_batch + i_h * q_head
-    b_q = tl.load(p_q + o_token[:, None] * q_token + o_dim[None, :] * q_dim, mask=m_rows, other=0.0)
+        o_token = tl.load(p_order + i_h * order_head + o_token)
+    MASKED: tl.constexpr = HEAD_SIZE < COLUMNS
+    m_dim = (o_dim < HEAD_SIZE)[None, :]
+    p_q += i_b * q_batch + i_h * q_head + o_token[:, None] * q_token + o_dim[None, :] * q_dim
+    b_q = tl.load(p_q, mask=m_dim, other=0.0) if MASKED else tl.load(p_q)
     o_mean = o_key[:, None] * COLUMNS + o_dim[None, :]  # [TILE_K, COLUMNS]
     p_keys += (i_b * heads + i_h) * tiles * TILE_K * COLUMNS
     p_values += (i_b * heads + i_h) * tiles * TILE_K * COLUMNS
 
     LN_2: tl.constexpr = 0.6931471805599453
     p_lse += (i_b * heads + i_h) * seq_q + o_token
-    p_out += i_b * out_batch + i_h * out_head
-    p_rows = p_out + o_token[:, None] * out_token + o_dim[None, :] * out_dim
-    # The online softmax goes on where attention along the lists ended.
-    b_acc = tl.load(p_rows, mask=m_rows, other=0.0).to(tl.float32)  # [TILE_Q, COLUMNS]
-    b_max = tl.load(p_lse, mask=m_row, other=0.0) * (1.0 / LN_2)  # [TILE_Q]
+    # The online softmax goes on where attention along the lists ended; out itself is added at the end, so that the loop
+    # has registers for two programs a multiprocessor.
+    b_listed = tl.load(p_lse) * (1.0 / LN_2)  # [TILE_Q]
+    b_max = b_listed
     b_sum = tl.full([TILE_Q], 1.0, tl.float32)
+    b_acc = tl.zeros([TILE_Q, COLUMNS], tl.float32)
     for i_listed in tl.range(0, count):
         first = tl.load(p_tiles + i_listed).to(tl.int64) * TILE_K
         b_keys = tl.load(p_keys + first * COLUMNS + o_mean)
@@ -162,7 +234,11 @@ def summary_kernel(
         b_values = tl.load(p_values + first * COLUMNS + o_mean)
         b_acc = tl.dot(b_p.to(b_values.dtype), b_values, b_acc * b_decay[:, None])
 
-    tl.store(p_rows, (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty), mask=m_rows)
+    p_out += i_b * out_batch + i_h * out_head + o_token[:, None] * out_token + o_dim[None, :] * out_dim
+    b_out = tl.load(p_out, mask=m_dim, other=0.0) if MASKED else tl.load(p_out)
+    b_out = (b_acc + b_out.to(tl.float32) * tl.exp2(b_listed - b_max)[:, None]) / b_sum[:, None]
+    m_rows = m_row[:, None] & m_dim if MASKED else m_row[:, None]
+    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_rows)
     tl.store(p_lse, (b_max + tl.log2(b_sum)) * LN_2, mask=m_row)
 
 
@@ -170,8 +246,8 @@ def summary_kernel(
 # registers on sm_90. A sequence has few summaries: there is little to prefetch.
 _LAUNCHES = {
     64: Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=2),
-    128: Launch(tile_q=128, tile_k=64, num_warps=8, num_stages=2),
-    256: Launch(tile_q=64, tile_k=32, num_warps=8, num_stages=2),
+    128: Launch(tile_q=64, tile_k=32, num_warps=4, num_stages=2),  # three programs a multiprocessor of sm_90, not one
+    256: Launch(tile_q=32, tile_k=32, num_warps=4, num_stages=2),
 }
 # Warps a program where the query blocks are smaller than the pinned tile.
 _CUT_WARPS = 4
@@ -190,7 +266,7 @@ def launch_for(head_size: int, block_q: int) -> Launch:
 
 
 def constants(head_size: int, block_q: int, launch: Launch, *, ordered: bool) -> dict[str, object]:
-    """The compile-time arguments of the second kernel."""
+    """The compile-time arguments of the third kernel."""
     return {
         "HEAD_SIZE": head_size,
         "COLUMNS": triton.next_power_of_2(head_size),
@@ -201,26 +277,37 @@ def constants(head_size: int, block_q: int, launch: Launch, *, ordered: bool) ->
     }
 
 
+def means_constants(head_size: int, block_k: int, piece: int, *, ordered: bool) -> dict[str, object]:
+    """The compile-time arguments of the first kernel."""
+    columns = triton.next_power_of_2(head_size)
+    return {
+        "PIECE": piece,
+        "HEAD_SIZE": head_size,
+        "COLUMNS": columns,
+        "BLOCK": block_k,
+        "TILE": min(block_k, MEANS_ELEMENTS // columns),
+        "ORDERED": ordered,
+    }
+
+
 def triton_merge(
     out: Tensor,
     lse: Tensor,
     q: Tensor,
-    mean_k: Tensor,
-    mean_v: Tensor,
+    k: Tensor,
+    v: Tensor,
     blocks: BlockList,
-    seq_k: int,
     scale: float,
     order: Tensor | None,
 ) -> None:
-    """The contract of `summary.merge_summaries`, on means [B, H, KB, D] in the dtype of q."""
+    """The contract of `summary.merge_summaries`."""
     batch, heads, seq_q, head_size = q.shape
-    k_blocks = mean_k.shape[2]
+    seq_k = k.shape[2]
     launch = launch_for(head_size, blocks.block_q)
     fixed = constants(head_size, blocks.block_q, launch, ordered=order is not None)
-    tiles = triton.cdiv(k_blocks, launch.tile_k)
-    padding = (0, triton.next_power_of_2(head_size) - head_size, 0, tiles * launch.tile_k - k_blocks)
-    keys, values = (F.pad(means, padding).contiguous() for means in (mean_k, mean_v))
+    tiles = triton.cdiv(triton.cdiv(seq_k, blocks.block_k), launch.tile_k)
     with torch.cuda.device_of(q):
+        keys, values = _means(k, v, blocks.block_k, tiles * launch.tile_k, order)
         log_counts, skipped, skipped_counts = _skipped_tiles(blocks, seq_k, tiles, launch.tile_k)
         query_blocks = blocks.counts.shape[2]
         summary_kernel[(triton.cdiv(seq_q, launch.tile_q), heads, batch)](
@@ -232,6 +319,23 @@ def triton_merge(
             heads, seq_q, tiles, scale * LOG2_E,
             **fixed, num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
+
+
+def _means(k: Tensor, v: Tensor, block_k: int, rows: int, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Block means of k and v in their dtype, [B, H, rows, D rounded up to a power of two], zeros where none are."""
+    batch, heads, seq, head_size = k.shape
+    whole = is_aligned(k) and is_aligned(v)
+    strides = [[*(pieces(x) if whole else x.stride()[:-1]), x.stride(-1)] for x in (k, v)]
+    piece = PIECE_BYTES // k.element_size() if whole else 1
+    fixed = means_constants(head_size, block_k, piece, ordered=order is not None)
+    keys, values = (
+        torch.empty(batch, heads, rows, triton.next_power_of_2(head_size), dtype=k.dtype, device=k.device) for _ in "kv"
+    )
+    means_kernel[rows, batch * heads, 2](
+        k, v, order, keys, values, *strides[0], *strides[1],
+        0 if order is None or len(order) == 1 else order.stride(0), heads, seq, **fixed, num_warps=MEANS_WARPS,
+    )  # fmt: skip
+    return keys, values
 
 
 def _skipped_tiles(blocks: BlockList, seq_k: int, tiles: int, tile_k: int) -> tuple[Tensor, Tensor, Tensor]:

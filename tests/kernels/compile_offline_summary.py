@@ -28,6 +28,8 @@ def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
         summary_triton.LOOK_UP_WARPS,
         3,
     )
+    fixed = summary_triton.means_constants(128, 128, 8, ordered=True)
+    yield summary_triton.means_kernel, fixed, summary_triton.MEANS_WARPS, 3
     for head_size, block_q, ordered in VARIANTS if every else VARIANTS[:1]:
         launch = summary_triton.launch_for(head_size, block_q)
         fixed = summary_triton.constants(head_size, block_q, launch, ordered=ordered)

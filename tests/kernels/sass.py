@@ -19,7 +19,7 @@ REGISTERS = frozenset(range(64))
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?(U?P[0-9T]+)\s+)?([A-Za-z0-9_.]+)\s*([^;]*);")
 # Instructions that write a uniform register besides those whose names start with U.
-_WRITERS = {"R2UR", "S2UR", "CS2UR", "VOTEU", "LDCU"}
+_WRITERS = {"R2UR", "S2UR", "CS2UR", "VOTEU", "LDCU", "REDUX"}
 
 
 class Instruction(NamedTuple):

@@ -14,8 +14,9 @@ from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.kernels.oracle import oracle_attention
 from sparse_dit.kernels.quantize import quantize
 
-# Relative L2 error where nothing averages out, as in short rows (`quantize` has the table).
-ERRORS = {"int8": 0.016, "int8_fp8": 0.041}
+# Relative L2 error where nothing averages out, as in short rows (`quantize` has the table). In FP8 weights and values
+# are rounded by up to 2^-4 each, evenly spread at worst: 2^-4 sqrt(2 / 3).
+ERRORS = {"int8": 0.016, "int8_fp8": 0.052}
 
 
 def blocks(seq: int, block: int) -> int:

@@ -11,7 +11,7 @@ from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import PRECISIONS, block_sparse_attention
 from sparse_dit.kernels.oracle import oracle_attention, oracle_skipping_attention
 
-BACKENDS = ["host"]
+BACKENDS = ["host", "triton"]
 
 
 def blocks(seq, block):
@@ -123,3 +123,40 @@ def test_summaries_order_and_compilation_go_with_it(qkv, random_mask):
     torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=0)
     compiled = torch.compile(block_sparse_attention, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v, lists, pv_threshold=40.0, **settings)[0], out)
+
+
+@pytest.mark.gpu
+class TestCuda:
+    @pytest.mark.parametrize("precision", PRECISIONS)
+    @pytest.mark.parametrize("seq", [256, 230, 1000])
+    @pytest.mark.parametrize("head_size", [64, 96, 128])
+    def test_what_is_left_out_is_not_multiplied(self, seq, head_size, precision):
+        q, k, v = planted(seq, head_size, dtype=torch.bfloat16, device="cuda")
+        if precision == "int8_fp8":
+            v = v.nan_to_num(1.0)  # NaN would be in the mean that is subtracted
+        lists = mask_to_lists(everything(seq, 64, 64, "cuda"), 64, 64)
+        out, lse = block_sparse_attention(q, k, v, lists, scale=1.0, precision=precision, pv_threshold=28.0)
+        exact = v.float()[:, :, :64].mean(dim=2, keepdim=True).expand_as(out)
+        torch.testing.assert_close(out.float(), exact, atol=0.05 if precision == "int8_fp8" else 4e-3, rtol=0)
+        torch.testing.assert_close(
+            lse, torch.full_like(lse, math.log(64)), atol=0.3 if precision != "native" else 1e-4, rtol=0
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(
+        ("head_size", "seq", "block"), [(64, 1000, 64), (72, 500, 64), (96, 1000, 32), (128, 1000, 64)]
+    )
+    def test_the_oracle_leaves_the_same_out(self, qkv, random_mask, head_size, seq, block, dtype):
+        q, k, v = qkv(1, 2, seq, head_size, dtype, "cuda")
+        level = torch.rand(blocks(seq, block), generator=torch.Generator().manual_seed(seq)) * 25
+        q[..., 0], k[..., 0] = head_size**0.5, level.repeat_interleave(block)[:seq].cuda()
+        mask = random_mask(1, 2, blocks(seq, block), blocks(seq, block), density=0.7).cuda()
+        lists = mask_to_lists(mask, block, block)
+        out, lse = block_sparse_attention(q, k, v, lists, pv_threshold=6.0, backend="triton")
+        expected, expected_lse, left_out = oracle_skipping_attention(q, k, v, mask, block, block, (block, block), 6.0)
+        assert 0.1 < left_out.sum() / (mask.sum() * block**2) < 0.9
+        torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=0)
+        # A tile on the threshold may fall on the other side: then out moves by the weight of a tile.
+        bound = block * math.exp(-6.0) * float(v.abs().max())
+        assert float((out - expected).abs().max()) < bound + 0.05
+        assert float((out - expected).abs().mean()) < 2e-3
