@@ -67,7 +67,8 @@ def chosen_backend(
     if q.is_cuda and q.dtype not in CUDA_DTYPES:
         raise ValueError(f"q: {q.dtype}; valid for backend {chosen!r} on CUDA: one of {CUDA_DTYPES}")
     if chosen == "hopper":
-        if reason := hopper_refusal(q, k, v, blocks, precision, pv_threshold):
+        # What None stands for was found by the same question.
+        if backend and (reason := hopper_refusal(q, k, v, blocks, precision, pv_threshold)):
             raise ValueError(f"backend: 'hopper', but {reason}; valid: 'triton', or None to choose")
         return chosen
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

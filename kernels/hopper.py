@@ -1,5 +1,7 @@
 """Launches the Hopper kernel: what it takes, its TMA descriptors, its arguments."""
 
+import functools
+
 import torch
 import triton
 from einops import rearrange
@@ -8,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_dit.kernels.attention_hopper import hopper_forward_kernel
-from sparse_dit.kernels.launch_order_triton import longest_first
+from sparse_dit.kernels.launch_order_triton import launch_order
 from sparse_dit.kernels.quantize import GROUP, LOG2_E, Quantized
 
 _PANEL = 64  # columns of 16 bits that one TMA box takes: 128 bytes, the widest swizzle
@@ -19,8 +21,12 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     bits = 8 * x.element_size()
     # Where there is one entry its stride is never used, and may be anything; TMA wants multiples of 16 bytes.
     strides = [128 // bits if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    layout = gl.NVMMASharedLayout(min(128, columns * bits // 8), bits, 4)
-    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], [1, 1, rows, columns], layout)
+    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], [1, 1, rows, columns], _layout(columns, bits))
+
+
+@functools.cache
+def _layout(columns: int, bits: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(min(128, columns * bits // 8), bits, 4)
 
 
 def hopper_attention(
@@ -86,7 +92,7 @@ def _launch(
     batch, seq_q, heads, head_size = out.shape
     out = rearrange(out, "b s h d -> b h s d")
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=out.device)
-    rows = longest_first(counts).expand(batch, heads, -1)
+    rows = launch_order(counts).expand(batch, heads, -1)
     indices = indices.expand(batch, heads, -1, -1)
     counts = counts.expand(batch, heads, -1)
     order = scales[-1]

@@ -12,9 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 ROWS = 64  # query blocks that a program ranks, and compares with at once
 WARPS = 4
+_known = WeakTensorKeyDictionary()
 
 
 @triton.jit
@@ -31,6 +33,18 @@ def rank_rows_kernel(p_counts, p_rows, c_batch, c_head, c_row, heads, rows, ROWS
         m_before = (b_other[None, :] == b_count[:, None]) & (o_other[None, :] < o_row[:, None])
         b_rank += tl.sum(((b_other[None, :] > b_count[:, None]) | m_before).to(tl.int32), 1)
     tl.store(p_rows + i_bh * rows + b_rank, o_row, mask=o_row < rows)
+
+
+def launch_order(counts: Tensor) -> Tensor:
+    """`longest_first`, found once for a tensor of counts and kept as long as that lives.
+
+    Lists that are used again need no launch for it. Should someone write other counts into the tensor, any order of the
+    rows is as right as another, only not as fast.
+    """
+    known: Tensor | None = _known.get(counts)
+    if known is None:
+        known = _known[counts] = longest_first(counts)
+    return known
 
 
 def longest_first(counts: Tensor) -> Tensor:

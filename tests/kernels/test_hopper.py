@@ -1,5 +1,7 @@
 """The Hopper kernel: on a GPU against the oracle, elsewhere why it is not taken."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sparse_dit.kernels.backends import HOPPER_HEAD_SIZES, default_backend, hopper_refusal
-from sparse_dit.kernels.launch_order_triton import longest_first
+from sparse_dit.kernels.launch_order_triton import launch_order, longest_first
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.kernels.oracle import oracle_attention
@@ -45,6 +47,17 @@ def test_is_refused_off_hopper(qkv, random_mask):
 def test_longest_lists_are_launched_first(counts):
     counts = torch.from_numpy(counts)
     assert longest_first(counts).equal(counts.argsort(dim=-1, descending=True, stable=True).int())
+
+
+def test_the_launch_order_of_lists_is_found_once_and_goes_with_them():
+    counts = torch.tensor([[[1, 3, 2]]], dtype=torch.int32)
+    found = launch_order(counts)
+    assert found.tolist() == [[[1, 2, 0]]]
+    assert launch_order(counts) is found
+    assert launch_order(counts.clone()) is not found
+    gone = weakref.ref(found)
+    del counts, found
+    assert gone() is None
 
 
 def test_lists_shared_by_heads_or_laid_out_elsewhere_are_ranked():
