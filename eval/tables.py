@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sparse_dit.eval.models_table import gains, models
 from sparse_dit.eval.report import put
 from sparse_dit.eval.results import Row, load_rows
 from sparse_dit.eval.systems_table import overhead, systems
@@ -31,59 +32,17 @@ def speed(rows: Sequence[Row]) -> str:
         "| --- | --- | --- | " + " | ".join("---:" for _ in densities) + " | ---: |",
     ]
     for (shape, kernel, precision), line in cells.items():
-        if kernel in ("hopper", "triton") and not (kernel == "hopper" and precision == "int8_fp8"):
+        if kernel in ("hopper", "triton"):
             ratios = (f"{line[density]['ratio']:.2f}" if density in line else "" for density in densities)
             error = max(row["error"] for row in line.values())
             lines.append(f"| {shape} | {kernel} | {precision} | {' | '.join(ratios)} | {error:.4f} |")
     return "\n".join(lines)
 
 
-def models(rows: Sequence[Row]) -> str:
-    """One denoising step of whole models: stock, then our variants beside it, by case.
-
-    Args:
-        rows: as `sparse-dit bench models` writes them. Of each variant the last measured row counts, without tiny ones.
-    """
-    cases: dict[tuple[str, bool], dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        if row["status"] == "measured" and not row["tiny"]:
-            cases[row["case"], row["compiled"]][row["variant"]] = row
-    if not cases:
-        return "Not measured yet."
-    measured = [row for variants in cases.values() for row in variants.values()]
-    where = {f"{row['device']['name']}, torch {row['versions']['torch']}, Triton {row['versions']['triton']}, "
-             f"diffusers {row['versions']['diffusers']}" for row in measured}  # fmt: skip
-    lines = [
-        "; ".join(sorted(where)),
-        "",
-        "| model | tokens | layers | variant | step, ms | x stock | attention | memory | host, us | density | error |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for (case, compiled), variants in cases.items():
-        for name, row in sorted(variants.items(), key=lambda entry: entry[0] != "stock"):
-            numbers = (
-                _number(row["ratio"], ".2f"),
-                _number(row["attention_share"], ".2f"),
-                _number(row["peak_ratio"], ".3f"),
-                _number(row["host_us_per_call"], ".0f"),
-                _number(row["density"], ".3f"),
-                _number(row["error"], ".4f") if row["wanted_density"] == 1.0 else "",
-            )
-            layers = f"{sum(row['layers_timed'])} of {sum(row['layers'])}"
-            model = f"{case}, compiled" if compiled else case
-            lines.append(
-                f"| {model} | {row['tokens']:,} | {layers} | {name} | {row['ms']:,.0f} | {' | '.join(numbers)} |"
-            )
-    return "\n".join(lines)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"
-
-
 # Page and marker, the files of rows, and the table made of them.
 PLACES: tuple[tuple[str, str, tuple[str, ...], Callable[..., str]], ...] = (
     ("README.md", "speed", ("bench-kernels.jsonl",), speed),
+    ("README.md", "gains", ("bench-models.jsonl",), gains),
     (
         "docs/systems.md",
         "systems",

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from sparse_dit.eval.models_table import gains, models
 from sparse_dit.eval.systems_table import overhead, systems
-from sparse_dit.eval.tables import models, pages, speed
+from sparse_dit.eval.tables import pages, speed
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,6 +105,8 @@ def test_models_show_stock_first_and_the_last_row_of_each_variant() -> None:
         "| a-model, compiled | 4,608 | 6 of 57 | radial | 1,234 | 3.50 |  | 1.010 | 100 | 0.200 |  |",
     ]
     assert models([]) == models(rows[2:4]) == "Not measured yet."
+    assert gains(rows).splitlines()[-1] == "| a-model | 4,608 | 0.25 | 2.50 |  |  |  |"
+    assert gains([]) == "Not measured yet."
 
 
 def test_overhead_shows_the_last_row_of_each_and_what_is_above_its_limit() -> None:
