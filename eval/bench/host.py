@@ -1,6 +1,6 @@
 """Host time of one attention call beyond the model's own, by recipe: what Python and launches cost before a GPU works.
 
-    python -m sparse_dit.eval.bench.host --rows eval/results/host.jsonl
+    python -m sparse_dit.eval.bench.host --rows eval/results/bench-host.jsonl
 
 On a GPU calls are so small that it waits for the host, and wall time over many of them is the host's. On a CPU the
 kernels of both sides are replaced by ones that return at once, and what is left is Python.
