@@ -24,9 +24,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparse_dit.kernels.quantize import GROUP
+from sparse_dit.kernels.softmax_hopper import (
+    add_sums,
+    add_total,
+    keep_total,
+    scales_of_parts,
+    softmax,
+    softmax_of_parts,
+)
 
-SCALE_GROUP = gl.constexpr(GROUP)
 SUMMED_TILES = gl.constexpr(16)  # FP8 products that the matrix unit adds up before they go into a total in fp32
+SCALE_GROUP = gl.constexpr(GROUP)
 # Triton 3.6 has other names than its successors for this and for the next.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
@@ -138,78 +146,6 @@ def _weigh(b_p, b_v, stage, b_acc, PARTS: gl.constexpr, V_LAYOUT: gl.constexpr, 
 
 
 @gluon.jit
-def _softmax(b_s, b_max, scale):
-    """Online softmax over a tile [64, keys]: weights 2^(s scale - max'), max', what decays the past, `_thread_sums`."""
-    b_new_max = gl.maximum(b_max, gl.max(b_s, 1) * scale)  # [64]
-    b_p = gl.exp2(b_s * scale - gl.expand_dims(b_new_max, 1))
-    b_sums = _thread_sums(b_p.reshape([64, 1, b_p.shape[1]]))
-    return b_p, b_new_max, gl.exp2(b_max - b_new_max), gl.sum(b_sums, 1)
-
-
-@gluon.jit
-def _thread_sums(b_p):
-    """Sums of weights [64, parts, keys] over the keys that a thread holds, [64, parts, 4]: four threads share a row.
-
-    Threads add theirs to one another's once, after the last tile.
-    """
-    return gl.sum(gl.sum(b_p.reshape([64, b_p.shape[1], b_p.shape[2] // 8, 4, 2]), 2), 3)
-
-
-@gluon.jit
-def _softmax_of_parts(b_s, b_max, b_factor, b_lift):
-    """The same over integers [64, parts, keys] times factor [64, parts]; weights are times 2^lift, but in their sums.
-
-    The maximum is taken of the integers: their conversion then hides behind the exponentials.
-    """
-    b_new_max = gl.maximum(b_max, gl.max(gl.max(b_s, 2).to(gl.float32) * b_factor, 1))  # [64]
-    b_zero = gl.expand_dims(b_new_max, 1) - gl.expand_dims(b_lift, 0)  # [64, parts]
-    b_p = gl.exp2(b_s.to(gl.float32) * gl.expand_dims(b_factor, 2) - gl.expand_dims(b_zero, 2))
-    b_sums = _thread_sums(b_p)
-    lift_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, b_sums.type.layout))
-    b_drop = gl.exp2(-gl.convert_layout(b_lift, lift_layout))  # [parts]
-    b_sums *= gl.expand_dims(gl.expand_dims(b_drop, 0), 2)
-    return b_p, b_new_max, gl.exp2(b_max - b_new_max), gl.sum(b_sums, 1)
-
-
-@gluon.jit
-def _add_sums(b_sum, b_decay, b_sums):
-    """sum decay + sums, [64, 4]."""
-    b_decay = gl.convert_layout(b_decay, gl.SliceLayout(1, b_sum.type.layout))
-    return b_sum * gl.expand_dims(b_decay, 1) + b_sums
-
-
-@gluon.jit
-def _scales_of_parts(p_k_scale, p_v_lift, p_indices, i_index, blocks, i_part, b_q_scale, PER_GROUP, FP8):
-    """factor and lift of the parts of a tile, see `_softmax_of_parts`; i_part [parts] are positions in the list."""
-    i_part = gl.maximum(gl.minimum(i_part, blocks - 1), 0)
-    group = gl.load(p_indices + i_part * i_index) // PER_GROUP
-    b_factor = gl.expand_dims(b_q_scale, 1) * gl.expand_dims(gl.load(p_k_scale + group), 0)
-    b_lift = gl.zeros_like(group.to(gl.float32))
-    if FP8:
-        b_lift = gl.load(p_v_lift + group)
-    return b_factor, b_lift
-
-
-@gluon.jit
-def _keep_total(b_total, b_acc):
-    """Stores acc [64, D] in shared memory [D / 8, 128 threads, 4]: a thread's own values, four to a piece."""
-    D: gl.constexpr = b_acc.shape[1]
-    b_total.store(b_acc.reshape([4, 2, 8, D // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([D // 8, 128, 4]))
-
-
-@gluon.jit
-def _add_total(b_total, b_acc, b_total_max, b_max):
-    """total 2^(total max - max) + acc, [64, D]."""
-    D: gl.constexpr = b_acc.shape[1]
-    b_like = b_acc.reshape([4, 2, 8, D // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([D // 8, 128, 4])
-    b_kept = b_total.load(b_like.type.layout)
-    b_kept = b_kept.reshape([D // 8, 4, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5)).reshape([64, D])
-    b_kept = gl.convert_layout(b_kept, b_acc.type.layout, assert_trivial=True)
-    b_decay = gl.exp2(b_total_max - b_max)
-    return b_kept * gl.convert_layout(gl.expand_dims(b_decay, 1), b_acc.type.layout) + b_acc
-
-
-@gluon.jit
 def _attend(
     tiles, rings, turns, lists, scales, rows, ends, wg: gl.constexpr, PARTS: gl.constexpr, ORDERED: gl.constexpr
 ):
@@ -241,7 +177,7 @@ def _attend(
     if FP8:
         b_total = b_totals.index(wg)
         b_total_max = b_max
-        _keep_total(b_total, b_acc)
+        keep_total(b_total, b_acc)
     o_row = first_row + wg * 64 + gl.arange(0, 64, row_layout)
     o_part = gl.arange(0, PARTS, gl.SliceLayout(0, part_layout))
     count = gl.cdiv(blocks, PARTS)
@@ -252,7 +188,7 @@ def _attend(
     b_first = _scores(b_q, b_k, 0, CODES, b_zero_s)
     if QUANTIZED:
         b_q_scale = gl.load(p_q_scale + o_row, mask=o_row < seq_q, other=0.0)
-        b_factor, b_lift = _scales_of_parts(
+        b_factor, b_lift = scales_of_parts(
             p_k_scale, p_v_lift, p_indices, i_index, blocks, (count - 1) * PARTS + o_part, b_q_scale,
             PER_GROUP, FP8,
         )  # fmt: skip
@@ -262,13 +198,13 @@ def _attend(
     b_first = gl.where(gl.expand_dims(o_key < valid, 0), b_first.to(gl.float32), -float("inf"))
     if QUANTIZED:
         b_first = b_first.reshape([64, PARTS, TILE_K // PARTS])
-        b_p, b_max, b_decay, b_sum = _softmax_of_parts(b_first, b_max, b_factor, b_lift)
-        b_factor, b_lift = _scales_of_parts(
+        b_p, b_max, b_decay, b_sum = softmax_of_parts(b_first, b_max, b_factor, b_lift)
+        b_factor, b_lift = scales_of_parts(
             p_k_scale, p_v_lift, p_indices, i_index, blocks, (count - 2) * PARTS + o_part, b_q_scale,
             PER_GROUP, FP8,
         )  # fmt: skip
     else:
-        b_p, b_max, b_decay, b_sum = _softmax(b_first, b_max, scale)
+        b_p, b_max, b_decay, b_sum = softmax(b_first, b_max, scale)
     mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=count > 1)
     for i_tile in range(1, count):
         stage = i_tile % STAGES
@@ -285,14 +221,14 @@ def _attend(
         mbarrier.arrive(k_empty.index(stage), count=1)
         if QUANTIZED:
             b_s = b_s.reshape([64, PARTS, TILE_K // PARTS])
-            b_p, b_max, b_decay, b_sums = _softmax_of_parts(b_s, b_max, b_factor, b_lift)
-            b_factor, b_lift = _scales_of_parts(
+            b_p, b_max, b_decay, b_sums = softmax_of_parts(b_s, b_max, b_factor, b_lift)
+            b_factor, b_lift = scales_of_parts(
                 p_k_scale, p_v_lift, p_indices, i_index, blocks, (count - 2 - i_tile) * PARTS + o_part,
                 b_q_scale, PER_GROUP, FP8,
             )  # fmt: skip
         else:
-            b_p, b_max, b_decay, b_sums = _softmax(b_s, b_max, scale)
-        b_sum = _add_sums(b_sum, b_decay, b_sums)
+            b_p, b_max, b_decay, b_sums = softmax(b_s, b_max, scale)
+        b_sum = add_sums(b_sum, b_decay, b_sums)
         # Waiting for the next keys before the value product keeps the assembler from moving that wait up in front of
         # the softmax, which would then overlap with nothing.
         after = i_tile + 1
@@ -302,8 +238,8 @@ def _attend(
         b_acc = b_acc * gl.convert_layout(gl.expand_dims(b_decay, 1), acc_layout)
         if FP8:  # noqa: SIM102 - a constant by itself: without it the rest is not compiled
             if i_tile % SUMMED_TILES == 0:
-                b_acc = _add_total(b_total, b_acc, b_total_max, b_max)
-                _keep_total(b_total, b_acc)
+                b_acc = add_total(b_total, b_acc, b_total_max, b_max)
+                keep_total(b_total, b_acc)
                 b_total_max = b_max
                 b_acc = gl.zeros([64, D], gl.float32, acc_layout)
     last = (count - 1) % STAGES
@@ -312,7 +248,7 @@ def _attend(
     b_acc = warpgroup_mma_wait(0, deps=[_weigh(b_p, b_v, last, b_acc, PARTS, v_layout, dtype)])
 
     if FP8:
-        b_acc = _add_total(b_total, b_acc, b_total_max, b_max)
+        b_acc = add_total(b_total, b_acc, b_total_max, b_max)
     # Kernel arguments as they came, and rows behind a fence: what follows is computed here and not kept in registers,
     # let alone spilled, from before the loop to here.
     first_row = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [first_row], gl.int32, is_pure=False, pack=1)
