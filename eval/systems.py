@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sparse_dit.eval.sweep import sweep
+from sparse_dit.eval.sweep import Failed, sweep
 from sparse_dit.pipelines.generate import Request, load_pipeline
 from sparse_dit.pipelines.tiny_wan import DEFAULTS
 from sparse_dit.pipelines.tiny_wan.grammar import draw_scene, held_out_prompts
@@ -155,6 +155,9 @@ def main() -> None:
     recipes = recipes[share - 1 :: shares]
     pipe = load_pipeline("tiny-wan", "cuda" if torch.cuda.is_available() else "cpu")
     for row in sweep(pipe, "tiny-wan", recipes, prompts, Request(prompt=""), options.out, batch=options.prompts):
+        if isinstance(row, Failed):
+            print(row, flush=True)
+            continue
         density = "" if row["density"] is None else f" density {row['density']:.3f}"
         print(f"{row['recipe']['name']}{density} {row['psnr']:.2f} dB", flush=True)
 
