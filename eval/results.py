@@ -14,6 +14,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,10 @@ def _version(package: str) -> str | None:
         return None
 
 
+@lru_cache(maxsize=1)
 def _revision() -> str | None:
-    """The commit this very file is part of, with `+` where tracked files differ from it.
+    """The commit this very file is part of, with `+` where tracked files differ from it, when it was first asked for:
+    what a process has loaded does not change under it.
 
     A copy without its history (a container, say) can be told its commit in SPARSE_DIT_REVISION.
     """
