@@ -2,11 +2,15 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+
+from sparse_dit.app.setup import Setup
+from sparse_dit.pipelines.generate import Request
 
 if TYPE_CHECKING:
     import torch
@@ -16,27 +20,46 @@ if TYPE_CHECKING:
 SHAPES = ["12x32760x128", "4x118800x128", "48x17776x64", "8x75600x128", "24x4608x128", "16x1000x72"]
 DENSITIES = [0.5, 0.3, 0.2, 0.1, 1.0]
 HEAD_SIZES = [128, 64, 256]
+PROMPT = "a large plain red circle moving right over a gray gradient"
 
 
 def bench(
-    what: Literal["kernels"],
+    what: Literal["kernels", "e2e"],
     /,
+    request: Request,
+    setup: Setup,
     shapes: list[str] = SHAPES,
     densities: list[float] = DENSITIES,
     seconds: float = 120.0,
     no_flex: bool = False,
-    out: str = "eval/results/bench-kernels.jsonl",
-) -> None:
-    """Time attention kernels on this GPU, ours beside others, as one table and as rows of a JSONL file.
+    prompt: str = PROMPT,
+    repeats: int = 3,
+    out: str = "",
+) -> int:
+    """Time attention kernels beside others, or take a recipe's speed-up in a model apart, as tables and rows.
 
     Args:
-        what: kernels.
+        what: kernels, which takes shapes, densities, seconds and no_flex; or e2e: whole runs of a model dense, dense by
+            our kernel, sparse and in INT8, with the length from which on that pays.
+        request: e2e: seed, steps and size.
+        setup: e2e: which recipe in which model.
         shapes: HEADSxTOKENSxHEAD_SIZE each.
         densities: of the block lists, above 0 and up to 1.
         seconds: nothing new is started after so long; what matters most is measured first.
         no_flex: leave out FlexAttention, which compiles for long.
-        out: the JSONL file that rows are appended to.
+        prompt: e2e: what to generate.
+        repeats: e2e: how often everything runs.
+        out: the JSONL file that rows are appended to; by default eval/results/bench-kernels.jsonl or bench-e2e.jsonl.
+
+    Returns:
+        1 where an arm of e2e failed, else 0.
     """
+    if what == "e2e":
+        options = {"shapes": (shapes, SHAPES), "densities": (densities, DENSITIES), "no_flex": (no_flex, False)}
+        for name, (value, default) in options.items():
+            if value != default:
+                raise ValueError(f"{name}: {value} with bench e2e; valid: with bench kernels")
+        return bench_e2e(replace(request, prompt=prompt), setup, repeats, Path(out or "eval/results/bench-e2e.jsonl"))
     from sparse_dit.eval import results
     from sparse_dit.eval.bench.cases import plan, read_shape
     from sparse_dit.eval.bench.clock import CudaClock
@@ -49,7 +72,7 @@ def bench(
             raise ValueError(f"densities: {density}; valid: above 0 and up to 1")
     if not seconds > 0:
         raise ValueError(f"seconds: {seconds}; valid: above 0")
-    device, rows_file = _gpu(), Path(out)
+    device, rows_file = _gpu(), Path(out or "eval/results/bench-kernels.jsonl")
     results.load_rows(rows_file)
     groups = plan(asked, densities, our_backends(device), others(device), flex=not no_flex)
     command = shlex.join(["sparse-dit", *sys.argv[1:]])
@@ -63,6 +86,34 @@ def bench(
     if left := [row for row in measured if row["status"] == LEFT_OUT]:
         print(f"left out, {left[0]['reason']}: {'; '.join(f'{_shape(row)} {_case(row)}' for row in left)}")
     print(f"wrote {rows_file}")
+    return 0
+
+
+def bench_e2e(request: Request, setup: Setup, repeats: int, rows_file: Path) -> int:
+    """`bench e2e`."""
+    from sparse_dit.eval import attribution, results
+    from sparse_dit.recipe import load_recipe
+
+    recipe = load_recipe(setup.recipe)
+    attribution.arms(recipe)  # one that cannot be taken apart is told before the model is loaded
+    if repeats < 1:
+        raise ValueError(f"repeats: {repeats}; valid: a whole number from 1")
+    results.load_rows(rows_file)
+    pipe = setup.load()
+    found: list[dict[str, Any]] = []
+    for make in (
+        attribution.attribute(pipe, request, recipe, model=setup.model, repeats=repeats),
+        attribution.lengths(pipe, request, recipe, model=setup.model, seed=request.seed),
+    ):
+        for row in make:
+            row["command"] = shlex.join(["sparse-dit", *sys.argv[1:]])
+            results.append_row(rows_file, row)
+            found.append(row)
+            print(_progress(row), flush=True)
+    print_attribution([row for row in found if row["kind"] == "e2e"])
+    print_lengths([row for row in found if row["kind"] == "length"])
+    print(f"wrote {rows_file}")
+    return int(any(row["status"] == "failed" for row in found if row["kind"] == "e2e"))
 
 
 def tune_tiles(head_sizes: list[int] = HEAD_SIZES, seconds: float = 600.0, out: str | None = None) -> None:
@@ -177,3 +228,50 @@ def _note(row: dict[str, Any]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
+
+
+def _progress(row: dict[str, Any]) -> str:
+    """A row of `bench e2e` in one line."""
+    where = f"round {row['round']}" if row["kind"] == "e2e" else f"{row['tokens']} tokens"
+    if row["status"] == "failed":
+        return f"{row['arm']}, {where}: failed, {row['reason']}"
+    if row["kind"] == "length":
+        return f"{row['arm']}, {where}: {row['refresh']:.3f} of a dense call's time"
+    seconds = row["seconds"]
+    return f"{row['arm']}, {where}: {seconds['whole']:.2f} s, attention {seconds['attention']:.2f} s"
+
+
+def print_attribution(rows: list[dict[str, Any]]) -> None:
+    """One table of where the time goes with each arm."""
+    from sparse_dit.eval.attribution import summarize
+    from sparse_dit.eval.stages import STAGES
+
+    first = rows[0]
+    grid = " x ".join(map(str, first["grid"]))
+    title = f"{first['model']}, {grid} tokens, {first['steps']} steps, {first['device']['name']}: seconds, medians"
+    table = Table(title=title)
+    for column in ("", "whole", *STAGES, "whole / own", "attention / own", "run density", "PSNR"):
+        table.add_column(column, justify="right" if column else "left")
+    for found in summarize(rows):
+        cells = [f"{found[name]:.3f}" for name in ("whole", *STAGES)]
+        cells += [f"{found[name]:.3f}" for name in ("over_whole", "over_attention", "run_density")]
+        table.add_row(found["arm"], *cells, f"{found['psnr']:.1f}")
+    console = Console()
+    Console(width=max(console.width, 150)).print(table)
+
+
+def print_lengths(rows: list[dict[str, Any]]) -> None:
+    """One table of a call's time over a dense call's, by length, and where that falls below 1 for good."""
+    from sparse_dit.eval.attribution import break_even
+
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    table = Table(title=f"a call's time over that of a dense one, {rows[0]['heads']} heads of {rows[0]['head_size']}")
+    for column in ("tokens", *arms):
+        table.add_column(column, justify="right")
+    for tokens in sorted({row["tokens"] for row in rows}):
+        cells = {row["arm"]: row for row in rows if row["tokens"] == tokens}
+        shown = [f"{cells[arm]['refresh']:.3f}" if cells[arm]["status"] == "measured" else "-" for arm in arms]
+        table.add_row(f"{tokens:,}", *shown)
+    even = [break_even(rows, arm) for arm in arms]
+    table.add_row("break-even", *(f"{length:,}" if length else "none" for length in even))
+    Console().print(table)

@@ -362,6 +362,6 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], frozenset[str]]] = {
     "calibrate": (calibrate, frozenset({"prompt", "recipe"})),
     "tune": (tune, frozenset({"prompt", "recipe"})),
     "report": (report, frozenset()),
-    "bench": (bench, frozenset()),
+    "bench": (bench, frozenset({"prompt"})),
     "tune-tiles": (tune_tiles, frozenset()),
 }

@@ -71,5 +71,5 @@ def test_bad_spaces_are_named(tmp_path: Path, text: str, error: str) -> None:
 
 
 def test_no_such_space() -> None:
-    with pytest.raises(ValueError, match="cannot read 'nothing' .*valid: presets, tiny-wan or a YAML file"):
+    with pytest.raises(ValueError, match=r"cannot read 'nothing' .*valid: presets, tiny-wan or a YAML file"):
         load_space("nothing", 20)
