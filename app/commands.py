@@ -11,6 +11,7 @@ from sparse_dit.app.bench import bench, tune_tiles
 from sparse_dit.app.calibrate import TILE, sampling_of, search_of
 from sparse_dit.app.demo.serve import demo
 from sparse_dit.app.output import output_folder, warn
+from sparse_dit.app.report import report
 from sparse_dit.app.setup import Setup
 from sparse_dit.app.tune import tune
 from sparse_dit.pipelines.generate import Request, check_video_file, write_video
@@ -18,7 +19,6 @@ from sparse_dit.pipelines.generate import generate as run_pipeline
 
 DENSITIES = [0.5, 0.3, 0.2]
 DENSE_FRACTIONS = [0.0, 0.25]
-ROWS = ["eval/results/radial-tiny-wan.jsonl"]
 NONE: list[str] = []
 
 
@@ -257,34 +257,6 @@ def calibrate(
     search = search_of(method, density, tile, costs, tokens)
     profile = run_calibration(pipe, search, chosen, request, file, model=setup.model, sampling=sampling)
     print(f"wrote {file}: density {profile.about['density']:.3f}")
-
-
-def report(
-    rows: list[str] = ROWS,
-    clips: list[str] = NONE,
-    probes: list[str] = NONE,
-    out: str = "outputs/report.html",
-) -> None:
-    """Make a page of plots and tables from result rows.
-
-    Args:
-        rows: JSONL files, as eval writes them.
-        clips: folders that compare wrote, to be shown as filmstrips.
-        probes: JSONL files that probe wrote, to be shown as heat maps.
-        out: the HTML file; it holds everything it shows.
-    """
-    from sparse_dit.eval.page import page
-    from sparse_dit.eval.results import load_rows
-
-    file = Path(out)
-    missing = [name for name in (*rows, *probes) if not Path(name).is_file()]
-    if missing:
-        raise ValueError(f"rows: {missing[0]!r} is no file; valid: a JSONL file that eval or probe wrote")
-    compared, probed = ([row for name in names for row in load_rows(Path(name))] for names in (rows, probes))
-    with output_folder(file.parent) as folder:
-        text = page(compared, [Path(name) for name in clips], probed)
-        (folder / file.name).write_text(text, encoding="utf-8")
-    print(f"wrote {file}")
 
 
 def batch(

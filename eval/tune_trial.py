@@ -10,8 +10,8 @@ stopped.
 
 `replay` searches in rows of settings that ran on the same prompts, at random floors and with prompts in random orders,
 with the times of attention measured here; settings that are slower than dense attention stay in, as it is the search
-that is judged. It runs no model but for those times. `near` counts answers above the floor within 3 % of the best of the
-exhaustive search, with a fifth of its runs at most, and without that limit.
+that is judged. It runs no model but for those times. `near` counts answers above the floor within 3 % of the best of
+the exhaustive search, with a fifth of its runs at most, and without that limit.
 """
 
 import argparse
