@@ -143,10 +143,15 @@ def lengths(
     recipe: Recipe,
     *,
     model: str = "",
-    scales: Sequence[float] = SCALES,
+    scales: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Iterator[results.Row]:
     """Times single calls of each arm beside dense ones over a ladder of lengths: the model's heads, larger frames.
+
+    Args:
+        pipe, request, recipe, model: as `attribute`.
+        scales: sides of each rung's frames over those of the request; None is `SCALES`.
+        seed: of what is drawn.
 
     Queries and keys are those of the model, taken from one call and drawn from with repetition where a rung is longer:
     real in distribution, not in structure. So a recipe whose density follows the content is timed at a density of its
@@ -160,7 +165,7 @@ def lengths(
     shared = {"kind": "length", "model": model, "heads": call.q.shape[1], "head_size": call.q.shape[-1]}
     origin = {"device": results.device_of(device, pipe.transformer.dtype), "seed": seed, **results.provenance()}
     frames, height, width = call.layout.grid
-    for scale in scales:
+    for scale in SCALES if scales is None else scales:
         grid = (frames, max(1, round(scale * height)), max(1, round(scale * width)))
         layout = TokenLayout(grid, call.layout.text_before, call.layout.text_after)
         rung = _stretched(call, layout, seed)
