@@ -1,11 +1,19 @@
-"""What a speed-up is due to: kernel, sparsity or precision; where the other time goes; from which length on it pays."""
+"""What a speed-up is due to: kernel, sparsity or precision; where the other time goes; from which length on it pays.
+
+    python -m sparse_dit.eval.attribution --recipe balanced --out eval/results/bench-e2e.jsonl
+
+is `sparse-dit bench e2e` without its tables, for machines where jsonargparse and rich are not installed.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +25,7 @@ from sparse_dit.eval.pair import DENSE, asking, plan_arguments, run
 from sparse_dit.eval.stages import STAGES, split, stages
 from sparse_dit.eval.sweep import FAILURES, reason
 from sparse_dit.layout import TokenLayout
-from sparse_dit.pipelines.generate import Request
+from sparse_dit.pipelines.generate import TINY_WAN, Request, load_pipeline
 from sparse_dit.pipelines.patch import explain
 from sparse_dit.recipe import Recipe, load_recipe
 from sparse_dit.schedule import Schedule
@@ -208,3 +216,41 @@ def _stretched(call: Taken, layout: TokenLayout, seed: int) -> Taken:
         torch.randperm(size, generator=generator) for _ in range(math.ceil(layout.length / size))
     ])[: layout.length]  # fmt: skip
     return replace(call, q=call.q[:, :, drawn], k=call.k[:, :, drawn], v=call.v[:, :, drawn], layout=layout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=TINY_WAN)
+    parser.add_argument("--recipe", default="balanced", help="a name or a YAML file")
+    parser.add_argument("--set", default="{}", help='fields of the recipe as JSON, such as {"selection.density": 0.2}')
+    parser.add_argument("--prompt", default="a large plain red circle moving right over a gray gradient")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True, help="the JSONL file to append to")
+    for name in ("steps", "height", "width", "num_frames"):
+        parser.add_argument(f"--{name}", type=int, default=None)
+    options = parser.parse_args()
+    results.load_rows(options.out)
+    recipe = load_recipe(options.recipe).override(json.loads(options.set))
+    sizes = {name: getattr(options, name) for name in ("steps", "height", "width", "num_frames")}
+    request = Request(options.prompt, **sizes)
+    pipe = load_pipeline(options.model, "cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    found: list[results.Row] = []
+    for make in (
+        attribute(pipe, request, recipe, model=options.model, repeats=options.repeats),
+        lengths(pipe, request, recipe, model=options.model),
+    ):
+        for row in make:
+            results.append_row(options.out, row)
+            found.append(row)
+    for line in summarize([row for row in found if row["kind"] == "e2e"]):
+        print({name: round(value, 4) if isinstance(value, float) else value for name, value in line.items()})
+    rungs = [row for row in found if row["kind"] == "length"]
+    for row in rungs:
+        print(row["arm"], row["tokens"], round(row["refresh"], 4) if row["status"] == "measured" else row["reason"])
+    for arm in dict.fromkeys(row["arm"] for row in rungs):
+        print("break-even,", arm, break_even(rungs, arm))
+
+
+if __name__ == "__main__":
+    main()
