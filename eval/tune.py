@@ -205,7 +205,7 @@ class Tuner:
             else:
                 fitting.append(candidate)
         if not fitting:
-            raise ValueError(f"space: no candidate fits; the first one: {self.complaints[0]}")
+            raise ValueError(f"space: no candidate fits; {'; '.join(self.complaints) or 'there is none'}")
         return fitting
 
     def _quality(self, candidate: Candidate, request: Request, floor: Floor, row: results.Row | None) -> float | None:

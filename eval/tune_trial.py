@@ -66,6 +66,8 @@ def whole(options: argparse.Namespace, request: Request) -> results.Row:
     costs = tuner.costs([candidate.recipe for candidate in candidates], replace(request, prompt=prompts[0]))
     known = [number for number, cost in enumerate(costs) if cost is not None and cost < 1]
     chosen = [candidates[number] for number in known]
+    if not chosen:
+        raise ValueError(f"space: {options.space!r} has nothing that is faster than dense attention here")
     # At a floor that nothing reaches, every candidate runs on every prompt.
     tuner.tune(chosen, prompts, Floor("psnr", math.inf))
     rows = [tuner.rows_of(candidate.recipe, prompts) for candidate in chosen]

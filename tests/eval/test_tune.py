@@ -112,7 +112,7 @@ def test_what_fails_or_does_not_fit_is_named_and_the_rest_goes_on(pipe, tmp_path
     assert tuned.candidates[tuned.answer.candidate].label == "b"
     assert [line.partition(":")[0] for line in tuned.complaints] == ["c does not fit", "a failed"]
     assert "frames are not finite (a red circle moves right)" in tuned.complaints[1]
-    with pytest.raises(ValueError, match="no candidate fits; the first one: c does not fit"):
+    with pytest.raises(ValueError, match=r"no candidate fits; .*c does not fit"):
         tuner.tune(candidates[2:], PROMPTS, Floor("psnr", 0.0))
 
 
