@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LAYERS = 4
-REPEATS = 5
+REPEATS = 9
 
 
 @dataclass(frozen=True)
