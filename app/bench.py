@@ -2,11 +2,15 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+from sparse_dit.app.setup import Setup
+from sparse_dit.pipelines.generate import Request
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +28,7 @@ CASES = [
 VARIANTS = [
     "radial", "balanced", "radial-int8_fp8", "balanced-int8_fp8", "dense", "radial-int8", "balanced-int8",
 ]  # fmt: skip
+PROMPT = "a large plain red circle moving right over a gray gradient"
 
 
 def bench_kernels(
@@ -68,6 +73,49 @@ def bench_kernels(
     if left := [row for row in measured if row["status"] == LEFT_OUT]:
         print(f"left out, {left[0]['reason']}: {'; '.join(f'{_shape(row)} {_case(row)}' for row in left)}")
     print(f"wrote {rows_file}")
+
+
+def bench_e2e(
+    request: Request, setup: Setup, prompt: str = PROMPT, repeats: int = 3, out: str = "eval/results/bench-e2e.jsonl"
+) -> int:
+    """Take a recipe's speed-up in a model apart: whole runs dense, dense by our kernel, sparse and in INT8.
+
+    Tells also from which length on a sparse call is faster than a dense one.
+
+    Args:
+        request: seed, steps and size.
+        setup: which recipe in which model.
+        prompt: what to generate.
+        repeats: how often everything runs.
+        out: the JSONL file that rows are appended to.
+
+    Returns:
+        1 where a run failed, else 0.
+    """
+    from sparse_dit.eval import attribution, results
+    from sparse_dit.recipe import load_recipe
+
+    recipe = load_recipe(setup.recipe)
+    attribution.arms(recipe)  # one that cannot be taken apart is told before the model is loaded
+    if repeats < 1:
+        raise ValueError(f"repeats: {repeats}; valid: a whole number from 1")
+    rows_file, request = Path(out), replace(request, prompt=prompt)
+    results.load_rows(rows_file)
+    pipe = setup.load()
+    found: list[dict[str, Any]] = []
+    for make in (
+        attribution.attribute(pipe, request, recipe, model=setup.model, repeats=repeats),
+        attribution.lengths(pipe, request, recipe, model=setup.model, seed=request.seed),
+    ):
+        for row in make:
+            row["command"] = shlex.join(["sparse-dit", *sys.argv[1:]])
+            results.append_row(rows_file, row)
+            found.append(row)
+            print(_progress(row), flush=True)
+    print_attribution([row for row in found if row["kind"] == "e2e"])
+    print_lengths([row for row in found if row["kind"] == "length"])
+    print(f"wrote {rows_file}")
+    return int(any(row["status"] == "failed" for row in found if row["kind"] == "e2e"))
 
 
 def bench_models(
@@ -209,3 +257,50 @@ def _note(row: dict[str, Any]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
+
+
+def _progress(row: dict[str, Any]) -> str:
+    """A row of `bench e2e` in one line."""
+    where = f"round {row['round']}" if row["kind"] == "e2e" else f"{row['tokens']} tokens"
+    if row["status"] == "failed":
+        return f"{row['arm']}, {where}: failed, {row['reason']}"
+    if row["kind"] == "length":
+        return f"{row['arm']}, {where}: {row['refresh']:.3f} of a dense call's time"
+    seconds = row["seconds"]
+    return f"{row['arm']}, {where}: {seconds['whole']:.2f} s, attention {seconds['attention']:.2f} s"
+
+
+def print_attribution(rows: list[dict[str, Any]]) -> None:
+    """One table of where the time goes with each arm."""
+    from sparse_dit.eval.attribution import summarize
+    from sparse_dit.eval.stages import STAGES
+
+    first = rows[0]
+    grid = " x ".join(map(str, first["grid"]))
+    title = f"{first['model']}, {grid} tokens, {first['steps']} steps, {first['device']['name']}: seconds, medians"
+    table = Table(title=title)
+    for column in ("", "whole", *STAGES, "whole / own", "attention / own", "run density", "PSNR"):
+        table.add_column(column, justify="right" if column else "left")
+    for found in summarize(rows):
+        cells = [f"{found[name]:.3f}" for name in ("whole", *STAGES)]
+        cells += [f"{found[name]:.3f}" for name in ("over_whole", "over_attention", "run_density")]
+        table.add_row(found["arm"], *cells, f"{found['psnr']:.1f}")
+    console = Console()
+    Console(width=max(console.width, 150)).print(table)
+
+
+def print_lengths(rows: list[dict[str, Any]]) -> None:
+    """One table of a call's time over a dense call's, by length, and where that falls below 1 for good."""
+    from sparse_dit.eval.attribution import break_even
+
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    table = Table(title=f"a call's time over that of a dense one, {rows[0]['heads']} heads of {rows[0]['head_size']}")
+    for column in ("tokens", *arms):
+        table.add_column(column, justify="right")
+    for tokens in sorted({row["tokens"] for row in rows}):
+        cells = {row["arm"]: row for row in rows if row["tokens"] == tokens}
+        shown = [f"{cells[arm]['refresh']:.3f}" if cells[arm]["status"] == "measured" else "-" for arm in arms]
+        table.add_row(f"{tokens:,}", *shown)
+    even = [break_even(rows, arm) for arm in arms]
+    table.add_row("break-even", *(f"{length:,}" if length else "none" for length in even))
+    Console().print(table)

@@ -17,7 +17,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from sparse_dit import __version__
-from sparse_dit.app.commands import COMMANDS, GROUPS, Setup
+from sparse_dit.app.commands import COMMANDS, GROUPS
+from sparse_dit.app.setup import Setup
 
 
 def main(argv: Sequence[str] | None = None) -> int:

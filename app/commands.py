@@ -2,58 +2,24 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from sparse_dit.app import tables
-from sparse_dit.app.bench import bench_kernels, bench_models, tune_tiles
+from sparse_dit.app.bench import bench_e2e, bench_kernels, bench_models, tune_tiles
 from sparse_dit.app.calibrate import TILE, sampling_of, search_of
 from sparse_dit.app.demo.serve import demo
-from sparse_dit.app.output import output_folder
-from sparse_dit.pipelines.generate import Request, check_video_file, load_pipeline, write_video
+from sparse_dit.app.output import output_folder, warn
+from sparse_dit.app.report import report
+from sparse_dit.app.setup import Setup
+from sparse_dit.app.tune import tune
+from sparse_dit.pipelines.generate import Request, check_video_file, write_video
 from sparse_dit.pipelines.generate import generate as run_pipeline
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
 
 DENSITIES = [0.5, 0.3, 0.2]
 DENSE_FRACTIONS = [0.0, 0.25]
-ROWS = ["eval/results/radial-tiny-wan.jsonl"]
 NONE: list[str] = []
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Model, method and device.
-
-    Args:
-        model: tiny-wan (ships with the package), a folder in diffusers' save format, or a Hub id owner/name.
-        recipe: a name from `sparse-dit methods` or the path of a YAML file; --recipe.FIELD VALUE sets any field of it,
-            such as --recipe.selection.density 0.2.
-        device: where to run; auto is CUDA where there is one.
-    """
-
-    model: str = "tiny-wan"
-    recipe: str | dict[str, Any] = "tiny-radial"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    def load(self) -> "DiffusionPipeline":
-        """The pipeline on its device; the progress bars of loading are left out, those of denoising stay.
-
-        Raises:
-            ValueError: as `load_pipeline`.
-        """
-        import diffusers
-        import torch
-        import transformers
-
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        return load_pipeline(self.model, device)
 
 
 def generate(request: Request, setup: Setup, out: str = "outputs/video.mp4", fps: int = 16) -> None:
@@ -168,7 +134,7 @@ def evaluate(
     also: list[str] = NONE,
     out: str = "eval/results/radial-tiny-wan.jsonl",
     batch: int = 1,
-) -> None:
+) -> int:
     """Compare a recipe with dense on many prompts, densities and schedules, as rows of a JSONL file.
 
     Args:
@@ -180,6 +146,9 @@ def evaluate(
         also: more recipes, names or YAML files, each compared as it stands; all share the dense runs.
         out: the JSONL file; rows that it holds already are not run again.
         batch: prompts that share a pipeline call; seconds in the rows are then those of the whole batch.
+
+    Returns:
+        1 where a run failed, or the file holds lines that are no rows, else 0.
     """
     from sparse_dit.eval import results, sweep
     from sparse_dit.eval.pair import asking
@@ -190,13 +159,17 @@ def evaluate(
     if batch < 1:
         raise ValueError(f"batch: {batch}; valid: a whole number from 1")
     sweep.grid(recipe, densities, dense_fractions, steps=1)  # bad numbers are told before the model is loaded
-    results.load_rows(rows_file)
+    complaints = [warn(line) for line in results.read_rows(rows_file)[1]]
     with output_folder(rows_file.parent):
         pipe = setup.load()
     steps = asking(pipe, request)["steps"]
     recipes = sweep.grid(recipe, densities, dense_fractions, steps) + others
     for row in sweep.sweep(pipe, setup.model, recipes, chosen, request, rows_file, batch):
-        print(tables.row_line(row), flush=True)
+        if isinstance(row, sweep.Failed):
+            complaints.append(warn(str(row)))
+        else:
+            print(tables.row_line(row), flush=True)
+    return 1 if complaints else 0
 
 
 def compare_files(video: str, reference: str, /, json: bool = False) -> None:
@@ -286,34 +259,6 @@ def calibrate(
     print(f"wrote {file}: density {profile.about['density']:.3f}")
 
 
-def report(
-    rows: list[str] = ROWS,
-    clips: list[str] = NONE,
-    probes: list[str] = NONE,
-    out: str = "outputs/report.html",
-) -> None:
-    """Make a page of plots and tables from result rows.
-
-    Args:
-        rows: JSONL files, as eval writes them.
-        clips: folders that compare wrote, to be shown as filmstrips.
-        probes: JSONL files that probe wrote, to be shown as heat maps.
-        out: the HTML file; it holds everything it shows.
-    """
-    from sparse_dit.eval.page import page
-    from sparse_dit.eval.results import load_rows
-
-    file = Path(out)
-    missing = [name for name in (*rows, *probes) if not Path(name).is_file()]
-    if missing:
-        raise ValueError(f"rows: {missing[0]!r} is no file; valid: a JSONL file that eval or probe wrote")
-    compared, probed = ([row for name in names for row in load_rows(Path(name))] for names in (rows, probes))
-    with output_folder(file.parent) as folder:
-        text = page(compared, [Path(name) for name in clips], probed)
-        (folder / file.name).write_text(text, encoding="utf-8")
-    print(f"wrote {file}")
-
-
 def batch(
     manifest: str,
     /,
@@ -387,11 +332,13 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], frozenset[str]]] = {
     "probe": (probe, frozenset()),
     "compare-files": (compare_files, frozenset()),
     "calibrate": (calibrate, frozenset({"prompt", "recipe"})),
+    "tune": (tune, frozenset({"prompt", "recipe"})),
     "report": (report, frozenset()),
     "bench kernels": (bench_kernels, frozenset()),
     "bench models": (bench_models, frozenset()),
+    "bench e2e": (bench_e2e, frozenset({"prompt"})),
     "tune-tiles": (tune_tiles, frozenset()),
 }
 
 #: What names of two words have in common.
-GROUPS = {"bench": "Time kernels or whole models on this GPU."}
+GROUPS = {"bench": "Time kernels, whole models, or what a recipe gains in a model."}

@@ -2,10 +2,17 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def warn(line: str) -> str:
+    """Tells on stderr of what went wrong while the rest goes on, and returns it."""
+    print(f"sparse-dit: warning: {line}", file=sys.stderr)
+    return line
 
 
 @contextmanager

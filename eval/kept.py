@@ -52,9 +52,7 @@ def kept_of(
         order: int64 [1 or H, S], the order in which tokens enter blocks; None as they stand.
     """
     batch, heads, length, _ = q.shape
-    tokens = torch.arange(length, device=q.device)[None] if order is None else order
-    # Where each token stands among the blocks: the inverse of the order.
-    position = tokens.argsort(dim=-1).expand(heads, -1)
+    position = _positions(order, heads, length, q.device)
     indices, counts = blocks.indices.expand(batch, heads, -1, -1), blocks.counts.expand(batch, heads, -1)
     found: list[tuple[Tensor, ...]] = []
     together = max(1, _SCORES_BYTES // (4 * batch * len(rows) * length))
@@ -81,6 +79,24 @@ def kept_of(
         ]
         found.append((torch.tensor(density), recall.mean((0, 2)), recall.amin((0, 2)), error.mean(0)))
     return Kept(*(torch.cat([figure.float().cpu() for figure in figures]) for figures in zip(*found, strict=True)))
+
+
+def computed_keys(blocks: BlockList, order: Tensor | None, rows: Tensor, length: int) -> Tensor:
+    """Bool [B, H, R, S]: whether a call computes each key token for each sampled query token.
+
+    Args:
+        blocks: what it computes.
+        order: as `kept_of`.
+        rows: int64 [R] on the lists' device, query tokens.
+        length: tokens of the sequence.
+    """
+    return _computed(blocks, _positions(order, blocks.indices.shape[1], length, rows.device), rows)
+
+
+def _positions(order: Tensor | None, heads: int, length: int, device: torch.device) -> Tensor:
+    """int64 [H, S], where each token stands among the blocks: the inverse of the order."""
+    tokens = torch.arange(length, device=device)[None] if order is None else order
+    return tokens.argsort(dim=-1).expand(heads, -1)
 
 
 def _computed(blocks: BlockList, position: Tensor, rows: Tensor) -> Tensor:

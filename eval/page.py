@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
+from PIL import Image
+
 from sparse_dit.eval.filmstrip import data_uri, filmstrip, read_comparison
-from sparse_dit.eval.plots import heat_map, pareto
+from sparse_dit.eval.mask_pictures import strip
+from sparse_dit.eval.plots import curves, heat_map, pareto
 from sparse_dit.eval.results import Row
 from sparse_dit.eval.settings import Setting, interval, paired, places, settings
 
@@ -53,13 +56,16 @@ _INSIDE = (
 )
 
 
-def page(rows: Sequence[Row], clips: Sequence[Path] = (), probes: Sequence[Row] = ()) -> str:
+def page(
+    rows: Sequence[Row], clips: Sequence[Path] = (), probes: Sequence[Row] = (), distances: Sequence[Row] = ()
+) -> str:
     """The report as HTML: for each model and device plots, a table of settings and their differences; then the rest.
 
     Args:
         rows: as `sparse-dit eval` writes them.
         clips: folders that `sparse-dit compare` wrote, shown as filmstrips.
-        probes: rows that `sparse-dit probe` wrote, shown as heat maps by layer and step.
+        probes: rows that `sparse-dit probe` wrote, shown as heat maps by layer and step and as masks over frames.
+        distances: rows that `sparse_dit.eval.decay` wrote, shown as curves.
 
     Raises:
         ValueError: no row, one of another kind, a folder without clips, or no matplotlib.
@@ -72,15 +78,22 @@ def page(rows: Sequence[Row], clips: Sequence[Path] = (), probes: Sequence[Row] 
     for number, row in enumerate(probes, start=1):
         if "by_step" not in row:
             raise ValueError(f"probes: row {number} looks into no model; valid: rows that probe wrote")
+    for number, row in enumerate(distances, start=1):
+        if "relative_mass_by_time" not in row:
+            raise ValueError(f"distances: row {number} has no mass by distance; valid: rows that eval.decay wrote")
     parts = [_HEAD, "<h1>Sparse against dense attention</h1>\n", f'<p class="note">{_NOTE}</p>\n']
     for number, (place, group) in enumerate(places(rows).items()):
         found = settings(group)
         parts += [f"<h2>{escape(place)}</h2>\n", _plots(found, number), _settings_table(found)]
         if len(found) > 1:
             parts.append(_differences_table(found))
+        parts.append(_vbench_table(found))
     if probes:
         parts.append("<h2>Inside the model</h2>\n")
         parts += [_inside(row, number) for number, row in enumerate(probes)]
+    if distances:
+        parts.append("<h2>How far attention looks</h2>\n")
+        parts += [_distances(row, number) for number, row in enumerate(distances)]
     if clips:
         parts.append("<h2>Clips</h2>\n")
         parts += [_filmstrip(folder) for folder in clips]
@@ -148,6 +161,19 @@ def _differences_table(found: Sequence[Setting]) -> str:
     return title + _table(("setting", "PSNR (dB)", "SSIM", "seconds of a run", "pairs"), lines)
 
 
+def _vbench_table(found: Sequence[Setting]) -> str:
+    """VBench's scores where rows have them, means over clips; else nothing."""
+    names = sorted({name for setting in found for row in setting.rows for name in row.get("vbench") or ()})
+    if not names:
+        return ""
+    lines = []
+    for setting in found:
+        scored = [row["vbench"] for row in setting.rows if row.get("vbench")]
+        values = [[scores[name] for scores in scored if name in scores] for name in names]
+        lines.append((setting.label, *(_with_interval(each, 4) for each in values), str(len(scored))))
+    return "<h3>VBench</h3>\n" + _table(("setting", *(name.replace("_", " ") for name in names), "clips"), lines)
+
+
 def _inside(row: Row, number: int) -> str:
     """Heat maps of one probed run; white is dense."""
     figures = []
@@ -156,6 +182,29 @@ def _inside(row: Row, number: int) -> str:
             svg = heat_map(row["by_step"][name], label, f"probe-{number}-{name}")
             figures.append(_figure(svg, label, f"{label[0].upper()}{label[1:]}: {meaning}. White: dense."))
     title = f"{row['recipe']['name']} in {row['model']}, {row['rows']} sampled rows a call: {row['prompt']}"
+    masks = [_mask(row, mask) for mask in row.get("masks", ())]
+    return f'<h3>{escape(title)}</h3>\n<div class="plots">{"".join(figures)}</div>\n{"".join(masks)}'
+
+
+def _mask(row: Row, mask: Row) -> str:
+    """One call's block mask over the frames of the run."""
+    picture, share = strip(row, mask)
+    latents = ", ".join(map(str, row["frames"]["latents"]))
+    about = (
+        f"Step {mask['step']}, layer {mask['layer']}, first head: {share:.0%} of the video tokens are computed for the "
+        f"query in the yellow square. Dark tokens are skipped. Latent frames {latents} of 0 to {row['grid'][0] - 1}."
+    )
+    return _image(picture, about)
+
+
+def _distances(row: Row, number: int) -> str:
+    """Two curves: over time and over space."""
+    figures = []
+    for axis, unit in (("time", "latent frames"), ("space", "tokens, rounded Euclidean")):
+        svg = curves(row[f"relative_mass_by_{axis}"], f"distance in {axis} ({unit})", f"distance-{number}-{axis}")
+        about = f"Attention mass by distance in {axis}, mean over all calls, {row['queries']} sampled rows."
+        figures.append(_figure(svg, f"attention by distance in {axis}", about))
+    title = f"{row['model']}, {' x '.join(map(str, row['grid']))} tokens, {row['prompts']} prompts"
     return f'<h3>{escape(title)}</h3>\n<div class="plots">{"".join(figures)}</div>\n'
 
 
@@ -171,6 +220,10 @@ def _filmstrip(folder: Path) -> str:
         f"{row['recipe']['name']}, run density {row['run_density']:.2f}, {float(row['psnr']):.1f} dB: {row['prompt']}. "
         f"From above: dense, sparse, difference x {gain}; frames of the encoded videos."
     )
+    return _image(picture, about)
+
+
+def _image(picture: Image.Image, about: str) -> str:
     size = f'width="{picture.width}" height="{picture.height}"'
     image = f'<img alt="{escape(about)}" src="{data_uri(picture)}" {size}>'
     return f"<figure>{image}<figcaption>{escape(about)}</figcaption></figure>\n"

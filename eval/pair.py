@@ -100,33 +100,54 @@ def compare_batch(
     Raises:
         ValueError: as `compare`, no request, or requests that cannot share a call.
     """
-    asked = [asking(pipe, request) for request in requests]
     batch_arguments(pipe, requests)
-    plans = [explain(pipe, recipe, **plan_arguments(pipe, requests[0])) for recipe in recipes]
+    for recipe in recipes:
+        explain(pipe, recipe, **plan_arguments(pipe, requests[0]))  # one that does not fit is told before anything runs
     dense = run(pipe, requests, load_recipe(DENSE), warm_up=warm_up)
-    for recipe, plan in zip(recipes, plans, strict=True):
-        sparse_run = run(pipe, requests, recipe, warm_up=warm_up)
-        shared = {
-            "batch": len(requests),
-            **_cost(sparse_run, dense),
-            "device": results.device_of(pipe.device, pipe.transformer.dtype),
-            **results.provenance(),
-        }
-        yield [
-            Comparison(
-                reference,
-                frames,
-                {
-                    "model": model,
-                    "recipe": recipe.to_dict(),
-                    **one,
-                    "grid": list(plan.grid),
-                    **metrics.measure(frames, reference),
-                    **shared,
-                },
-            )
-            for one, frames, reference in zip(asked, sparse_run.frames, dense.frames, strict=True)
-        ]
+    for recipe in recipes:
+        yield against(pipe, requests, recipe, dense, model=model, warm_up=warm_up)
+
+
+def against(
+    pipe: DiffusionPipeline,
+    requests: Sequence[Request],
+    recipe: Recipe,
+    dense: Run,
+    *,
+    model: str = "",
+    warm_up: bool = True,
+) -> list[Comparison]:
+    """Runs a recipe and compares it with a dense run of the same requests that was made before.
+
+    Returns:
+        A comparison for each request.
+
+    Raises:
+        ValueError: as `compare_batch`.
+    """
+    plan = explain(pipe, recipe, **plan_arguments(pipe, requests[0]))
+    done = run(pipe, requests, recipe, warm_up=warm_up)
+    shared = {
+        "batch": len(requests),
+        **_cost(done, dense),
+        "device": results.device_of(pipe.device, pipe.transformer.dtype),
+        **results.provenance(),
+    }
+    return [
+        Comparison(
+            reference,
+            frames,
+            {
+                "model": model,
+                "recipe": recipe.to_dict(),
+                **asking(pipe, request),
+                "grid": list(plan.grid),
+                **metrics.measure(frames, reference),
+                **shared,
+            },
+        )
+        for request, frames, reference in zip(requests, done.frames, dense.frames, strict=True)
+    ]
 
 
 def run(pipe: DiffusionPipeline, requests: Sequence[Request], recipe: Recipe, *, warm_up: bool = True) -> Run:

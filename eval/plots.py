@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,8 @@ from sparse_dit.eval.settings import Setting, front, interval
 
 _MARKERS = "osD^v<>ph*"
 _LEGEND_COLUMNS = 4
+_DPI = 150
+_folder: ContextVar[Path | None] = ContextVar("folder of pictures", default=None)
 
 
 def pareto(settings: Sequence[Setting], cost: Callable[[Setting], float], label: str, name: str) -> str | None:
@@ -72,7 +77,44 @@ def pareto(settings: Sequence[Setting], cost: Callable[[Setting], float], label:
         )
         axes.set(xlabel=label, ylabel="PSNR against dense (dB)")
         axes.grid(alpha=0.3, linewidth=0.5)
-        return _svg(figure)
+        return _svg(figure, name)
+
+
+def curves(values: Sequence[float], label: str, name: str) -> str:
+    """Mean attention mass of a key by its distance, over that of uniform attention, on a logarithmic axis.
+
+    Args:
+        values: by distance, from 0; a distance without mass is left out.
+        label: of the distance, with its unit.
+        name: of the picture within its page.
+
+    Returns:
+        An `<svg>` element.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    with pyplot.rc_context(_style(name)):
+        figure, axes = pyplot.subplots(figsize=(4.4, 3.0), layout="constrained")
+        there = [(distance, value) for distance, value in enumerate(values) if value > 0]
+        axes.plot(*zip(*there, strict=True), marker="o", markersize=3.5, linewidth=1.2, color=_color(0))
+        axes.axhline(1, color="gray", linewidth=0.8, linestyle="--")
+        axes.annotate("uniform attention", (there[-1][0], 1), ha="right", va="bottom", fontsize=7, color="gray")
+        axes.set(xlabel=label, ylabel="mean mass of a key / uniform", yscale="log")
+        axes.xaxis.set_major_locator(pyplot.MaxNLocator(integer=True, nbins=8))
+        axes.grid(alpha=0.3, linewidth=0.5)
+        return _svg(figure, name)
+
+
+@contextmanager
+def pictures(folder: Path) -> Iterator[None]:
+    """Every plot that is drawn inside the block is also a PNG of its name in a folder, which must be there."""
+    token = _folder.set(folder)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
 
 
 def heat_map(table: Sequence[Sequence[float | None]], label: str, name: str) -> str:
@@ -99,16 +141,18 @@ def heat_map(table: Sequence[Sequence[float | None]], label: str, name: str) -> 
         axes.set(xlabel="denoising step", ylabel="self-attention layer")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(pyplot.MaxNLocator(integer=True, nbins=8))
-        return _svg(figure)
+        return _svg(figure, name)
 
 
 def _style(name: str) -> dict[str, Any]:
     return {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "font.family": "sans-serif"}
 
 
-def _svg(figure: Any) -> str:
-    """The figure as an element, and closed."""
+def _svg(figure: Any, name: str) -> str:
+    """The figure as an element, and as a PNG where `pictures` says so; then it is closed."""
     text = io.StringIO()
+    if (folder := _folder.get()) is not None:
+        figure.savefig(folder / f"{name}.png", dpi=_DPI)
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     _pyplot().close(figure)
     svg = text.getvalue()

@@ -7,17 +7,21 @@ model and engine know nothing of it. For eager models, as compiled graphs run no
 
 from __future__ import annotations
 
+import base64
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_dit.eval import results
-from sparse_dit.eval.kept import Kept, kept_of
+from sparse_dit.eval.kept import Kept, computed_keys, kept_of
+from sparse_dit.eval.mask_pictures import frames_of
 from sparse_dit.eval.pair import asking, plan_arguments
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.pipelines.families import Family, family_of
@@ -54,10 +58,12 @@ class Probe:
     Attributes:
         layers: self-attention layers of the pipeline.
         calls: what each layer's call computed; several where the samples of a batch are computed apart.
+        masks: bool [S], the keys that the first head computed for one query, at the places that were asked for.
     """
 
     layers: int = 0
     calls: dict[Place, list[Kept]] = field(default_factory=dict)
+    masks: dict[Place, torch.Tensor] = field(default_factory=dict)
 
     def by_step(self, figure: str, steps: int) -> list[list[float | None]]:
         """A figure of `Kept`, [steps][layers]: mean over heads and branches, of `recall_min` the smallest one.
@@ -89,8 +95,23 @@ class Probe:
         return table
 
 
+@dataclass(frozen=True)
+class Look:
+    """Where masks are taken.
+
+    Args:
+        query: the query token, counted over the whole sequence.
+        places: of which calls.
+    """
+
+    query: int
+    places: frozenset[Place]
+
+
 @contextmanager
-def probed(pipe: Any, *, rows: int = 16, seed: int = 0, steps: Collection[int] | None = None) -> Iterator[Probe]:
+def probed(
+    pipe: Any, *, rows: int = 16, seed: int = 0, steps: Collection[int] | None = None, look: Look | None = None
+) -> Iterator[Probe]:
     """Looks into every sparse call that a pipeline makes inside the block.
 
     A call that computed whole attention, as a search or a cache may need it, counts as dense.
@@ -100,13 +121,14 @@ def probed(pipe: Any, *, rows: int = 16, seed: int = 0, steps: Collection[int] |
         rows: query rows sampled in each call, the same ones for all heads.
         seed: of the samples.
         steps: denoising steps that are looked at; None is all of them.
+        look: where masks are taken, if anywhere.
 
     Raises:
         ValueError: no known transformer, or no row.
     """
     if rows < 1:
         raise ValueError(f"rows: {rows}; valid: a whole number from 1")
-    watch = _Watch(rows, seed, steps)
+    watch = _Watch(rows, seed, steps, look)
     with ExitStack() as stack:
         for transformer in transformers_of(pipe).values():
             family = family_of(transformer)
@@ -132,15 +154,27 @@ def probe(pipe: DiffusionPipeline, request: Request, recipe: Recipe, *, model: s
 
     Returns:
         What was asked, and `by_step` and `by_head` with a table for each of `FIGURES` (see `Probe`). The error is that
-        of what a call computed; with `skipped: reuse`, which corrects it afterwards, it is null.
+        of what a call computed; with `skipped: reuse`, which corrects it afterwards, it is null. `masks` tells for the
+        query in the middle of the grid which video tokens the first head of some layers computes (base64 of one bit a
+        token), in a step in the middle of the sparse ones; `frames` has frames for them to lie over.
 
     Raises:
         ValueError: as `sparse_dit.eval.pair.compare` and `probed`.
     """
     plan = explain(pipe, recipe, **plan_arguments(pipe, request))
     asked = asking(pipe, request)
-    with sparse(pipe, recipe), probed(pipe, rows=rows) as found:
-        generate(pipe, request)
+    middle = tuple(side // 2 for side in plan.grid)
+    token = plan.text_before + int(np.ravel_multi_index(middle, plan.grid))
+    sparse_steps = [step.step for step in plan.steps if step.sparse_layers] or [0]
+    step, last = sparse_steps[len(sparse_steps) // 2], plan.layers - 1
+    look = Look(token, frozenset(Place(step, layer, 0) for layer in (0, last // 2, last)))
+    with sparse(pipe, recipe), probed(pipe, rows=rows, look=look) as found:
+        frames = generate(pipe, request)
+    video = slice(plan.text_before, plan.text_before + math.prod(plan.grid))
+    masks = [
+        {"step": place.step, "layer": place.layer, "query": list(middle), "keys": _bits(found.masks[place][video])}
+        for place in sorted(found.masks.keys() & found.calls.keys())
+    ]
     figures = [name for name in FIGURES if name != "error" or not isinstance(recipe.skipped, Reuse)]
     return {
         "model": model,
@@ -150,19 +184,27 @@ def probe(pipe: DiffusionPipeline, request: Request, recipe: Recipe, *, model: s
         "rows": rows,
         "by_step": {name: found.by_step(name, asked["steps"]) if name in figures else None for name in FIGURES},
         "by_head": {name: found.by_head(name) if name in figures else None for name in FIGURES},
+        "masks": masks,
+        "frames": frames_of(frames, plan.grid, middle[0]),
         "device": results.device_of(pipe.device, pipe.transformer.dtype),
         **results.provenance(),
     }
 
 
+def _bits(mask: torch.Tensor) -> str:
+    """Base64 of one bit an entry."""
+    return base64.b64encode(np.packbits(mask.numpy()).tobytes()).decode()
+
+
 class _Watch(TorchDispatchMode):
     """Sees every attention call along block lists, and knows from hooks which layer makes it."""
 
-    def __init__(self, rows: int, seed: int, steps: Collection[int] | None = None) -> None:
+    def __init__(self, rows: int, seed: int, steps: Collection[int] | None, look: Look | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.probe = Probe()
         self.rows = rows
         self.steps = steps
+        self.look = look
         self.generator = torch.Generator().manual_seed(seed)
         self.step, self.branch = -1, 0
         self.timestep: float | None = None
@@ -199,12 +241,16 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = func(*args, **(kwargs or {}))
-        looked_at = self.layer is not None and (self.steps is None or self.step in self.steps)
-        if looked_at and func is torch.ops.sparse_dit.block_sparse_attention.default:
+        layer, looked_at = self.layer, self.steps is None or self.step in self.steps
+        if layer is not None and looked_at and func is torch.ops.sparse_dit.block_sparse_attention.default:
             q, k, v, indices, counts, order, block_q, block_k, scale, *_ = args
             key_blocks = -(-k.shape[2] // block_k)
             blocks = BlockList(indices, counts, block_q, block_k, key_blocks)
             chosen = torch.randperm(q.shape[2], generator=self.generator)[: self.rows].to(q.device)
             kept = kept_of(q, k, v, blocks, returned[0], chosen, scale=scale, order=order)
             self.calls.append((kept, bool((counts == key_blocks).all())))
+            place = Place(self.step, layer, self.branch)
+            if self.look is not None and place in self.look.places and place not in self.probe.masks:
+                query = torch.tensor([self.look.query], device=q.device)
+                self.probe.masks[place] = computed_keys(blocks, order, query, q.shape[2])[0, 0, 0].cpu()
         return returned

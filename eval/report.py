@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_dit.eval.results import Row, load_rows
-from sparse_dit.eval.settings import Setting, settings
+from sparse_dit.eval.settings import Setting, places, settings
 
 HEADER = (
     "| recipe | density | dense steps | run density | PSNR | worst clip | SSIM | attention time | clips |\n"
@@ -28,6 +28,26 @@ def table(rows: Sequence[Row]) -> str:
     """
     lines = [_line(setting) for setting in settings(rows)]
     return "\n".join([_caption(rows), "", HEADER, *lines])
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """A `table` for each model, size and device, under its name; with VBench's scores where rows have them."""
+    parts = [f"## {place}\n\n{table(group)}\n" for place, group in places(rows).items()]
+    return "\n".join([*parts, *_vbench(rows)])
+
+
+def _vbench(rows: Sequence[Row]) -> list[str]:
+    """A table of VBench's scores, means over clips."""
+    scored = [row for row in rows if row.get("vbench")]
+    if not scored:
+        return []
+    names = sorted({name for row in scored for name in row["vbench"]})
+    lines = [f"| recipe | {' | '.join(names)} | clips |", f"| --- |{' ---: |' * (len(names) + 1)}"]
+    for setting in settings(scored):
+        found = {name: [row["vbench"][name] for row in setting.rows if name in row["vbench"]] for name in names}
+        cells = [f"{statistics.fmean(values):.4f}" if values else "-" for values in found.values()]
+        lines.append(f"| {setting.label} | {' | '.join(cells)} | {len(setting.rows)} |")
+    return ["## VBench\n", "\n".join(lines) + "\n"]
 
 
 def put(page: str, name: str, content: str) -> str:

@@ -14,9 +14,12 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from sparse_dit.pipelines.disk import append_line
 
 SCHEMA = 1
 """Raised whenever a field changes its name or meaning."""
@@ -25,23 +28,15 @@ Row = dict[str, Any]
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds a row to a JSONL file in one write, so that several processes may do so at once.
-
-    What an interrupted writer left of a last line is cut off first: a torn row never swallows the next one.
+    """Adds a row to a JSONL file, whole or not at all; several processes may do so at once.
 
     Raises:
         ValueError: the row holds NaN or what JSON cannot.
+        OSError: the disk does not take it; the file is then as before.
     """
-    line = to_json(row).encode() + b"\n"
+    line = to_json(row).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(file, line)
-        os.fsync(file)
-    finally:
-        os.close(file)
+    append_line(path, line)
 
 
 def load_rows(path: Path) -> list[Row]:
@@ -50,18 +45,27 @@ def load_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: a whole line is no JSON object, or its schema is another one; names the line.
     """
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    rows, complaints = read_rows(path)
+    if complaints:
+        raise ValueError(complaints[0])
+    return rows
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[str]]:
+    """`load_rows` that goes on behind a damaged line: the rows, and a line of complaint for each that is none."""
+    rows: list[Row] = []
+    complaints: list[str] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path} line {number} is no JSON: {error}") from None
+            complaints.append(f"{path} line {number} is no JSON: {error}")
+            continue
         if not isinstance(row, dict) or row.get("schema") != SCHEMA:
-            raise ValueError(f"{path} line {number} has another schema; valid: schema {SCHEMA}")
+            complaints.append(f"{path} line {number} has another schema; valid: schema {SCHEMA}")
+            continue
         rows.append({name: math.inf if value == "inf" else value for name, value in row.items()})
-    return rows
+    return rows, complaints
 
 
 def to_json(row: Mapping[str, Any], indent: int | None = None) -> str:
@@ -118,8 +122,10 @@ def _version(package: str) -> str | None:
         return None
 
 
+@lru_cache(maxsize=1)
 def _revision() -> str | None:
-    """The commit this very file is part of, with `+` where tracked files differ from it.
+    """The commit this very file is part of, with `+` where tracked files differ from it, when it was first asked for:
+    what a process has loaded does not change under it.
 
     A copy without its history (a container, say) can be told its commit in SPARSE_DIT_REVISION.
     """

@@ -1,20 +1,39 @@
 """Sweeps: many recipes on many prompts, one row each, resumable."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_dit.eval import results
-from sparse_dit.eval.pair import asking, compare_batch
+from sparse_dit.eval.pair import DENSE, Comparison, against, asking, plan_arguments, run
 from sparse_dit.pipelines.generate import Request
+from sparse_dit.pipelines.patch import explain
 from sparse_dit.pipelines.tiny_wan.grammar import held_out_prompts
-from sparse_dit.recipe import Recipe
+from sparse_dit.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 HELD_OUT = "held-out:"
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A run of a sweep that gave no row.
+
+    Args:
+        recipe: its name.
+        prompts: what it should have shown.
+        reason: one line.
+    """
+
+    recipe: str
+    prompts: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.recipe} failed: {self.reason} ({'; '.join(self.prompts)})"
 
 
 def sweep(
@@ -25,11 +44,12 @@ def sweep(
     request: Request,
     out: Path,
     batch: int = 1,
-) -> Iterator[results.Row]:
+) -> Iterator[results.Row | Failed]:
     """Compares every recipe with dense on every prompt and appends a row as soon as it is known.
 
     Prompt number i has the request's seed + i. A row that `out` already holds is not run again, so an interrupted sweep
-    goes on where it stopped. Weights are not looked at: a model that was trained anew needs a new file.
+    goes on where it stopped. A run that fails is told of, the rest goes on, and the next sweep tries it again. Weights
+    are not looked at: a model that was trained anew needs a new file.
 
     Args:
         pipe: the model's pipeline.
@@ -37,46 +57,75 @@ def sweep(
         recipes: what to compare with dense; each prompt has one dense run for all of them.
         prompts: what to generate.
         request: seed, steps and size; its prompt is not used.
-        out: the JSONL file.
+        out: the JSONL file; lines in it that are no rows are passed over.
         batch: prompts that share a pipeline call.
 
     Yields:
-        The rows that were missing.
+        The rows that were missing, and what failed.
 
     Raises:
-        ValueError: a batch below 1, or as `compare` and `sparse_dit.eval.results.load_rows`.
+        ValueError: a batch below 1, or a recipe or request that does not fit the pipeline.
     """
     if batch < 1:
         raise ValueError(f"batch: {batch}; valid: a whole number from 1")
-    done = {row.get("id") for row in results.load_rows(out)}
+    done = {row.get("id") for row in results.read_rows(out)[0]}
     requests = [replace(request, prompt=prompt, seed=request.seed + number) for number, prompt in enumerate(prompts)]
-    asked = [(one, _ids(pipe, model, recipes, one)) for one in requests]
-    pending = [(one, ids) for one, ids in asked if not done.issuperset(ids)]
+    pending = []
+    for one in requests:
+        ids = [row_id(pipe, model, recipe, one) for recipe in recipes]
+        if not done.issuperset(ids):
+            pending.append((one, ids))
+    for recipe in recipes:
+        explain(pipe, recipe, **plan_arguments(pipe, request))  # one that does not fit is told before anything runs
     warm: set[int] = set()
     for first in range(0, len(pending), batch):
         part = pending[first : first + batch]
         missing = [index for index in range(len(recipes)) if any(ids[index] not in done for _, ids in part)]
-        comparisons = compare_batch(
-            pipe,
-            [one for one, _ in part],
-            [recipes[index] for index in missing],
-            model=model,
-            warm_up=len(part) not in warm,  # kernels and caches are warm after the first batch of a size
+        # Kernels and caches are warm after the first batch of a size.
+        compared = _compared(
+            pipe, [one for one, _ in part], [recipes[i] for i in missing], model, len(part) not in warm
         )
         warm.add(len(part))
-        for index, compared in zip(missing, comparisons, strict=True):
-            for (_, ids), comparison in zip(part, compared, strict=True):
-                if ids[index] in done:
-                    continue
-                row = {"id": ids[index], **comparison.record}
-                results.append_row(out, row)
-                yield row
+        for index, comparisons in zip(missing, compared, strict=True):
+            if isinstance(comparisons, Failed):
+                yield comparisons
+                continue
+            for (_, ids), comparison in zip(part, comparisons, strict=True):
+                if ids[index] not in done:
+                    row = {"id": ids[index], **comparison.record}
+                    results.append_row(out, row)
+                    yield row
 
 
-def _ids(pipe: "DiffusionPipeline", model: str, recipes: Sequence[Recipe], request: Request) -> list[str]:
-    """What identifies each recipe's row of a request; the batch does not, as it changes a row by rounding only."""
-    asked = asking(pipe, request)
-    return [results.identity(model=model, recipe=recipe.to_dict(), **asked) for recipe in recipes]
+def _compared(
+    pipe: "DiffusionPipeline", requests: Sequence[Request], recipes: Sequence[Recipe], model: str, warm_up: bool
+) -> Iterator[list[Comparison] | Failed]:
+    """For each recipe a comparison for each request, or why there is none."""
+    prompts = tuple(one.prompt for one in requests)
+    try:
+        dense = run(pipe, requests, load_recipe(DENSE), warm_up=warm_up)
+    except FAILURES as error:
+        yield from [Failed(recipe.name, prompts, f"its dense run: {reason(error)}") for recipe in recipes]
+        return
+    for recipe in recipes:
+        try:
+            yield against(pipe, requests, recipe, dense, model=model, warm_up=warm_up)
+        except FAILURES as error:
+            yield Failed(recipe.name, prompts, reason(error))
+
+
+FAILURES = (ValueError, RuntimeError)
+"""What a run may end with while others go on: frames that are not finite, a GPU that is out of memory."""
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def row_id(pipe: "DiffusionPipeline", model: str, recipe: Recipe, request: Request) -> str:
+    """What identifies a recipe's row of a request; the batch does not, as it changes a row by rounding only."""
+    return results.identity(model=model, recipe=recipe.to_dict(), **asking(pipe, request))
 
 
 def grid(recipe: Recipe, densities: Sequence[float], dense_fractions: Sequence[float], steps: int) -> list[Recipe]:

@@ -48,7 +48,7 @@ from sparse_dit.eval.contenders import (
 from sparse_dit.eval.recall import mask_recall, recall_id
 from sparse_dit.eval.results import Row
 from sparse_dit.eval.settings import settings
-from sparse_dit.eval.sweep import sweep
+from sparse_dit.eval.sweep import Failed, sweep
 from sparse_dit.pipelines.generate import Request, load_pipeline
 from sparse_dit.pipelines.tiny_wan import DEFAULTS
 from sparse_dit.pipelines.tiny_wan.grammar import held_out_prompts
@@ -137,6 +137,9 @@ class Runs:
         if recipes:
             batch = len(sweep_of.prompts)
             for row in sweep(self.pipe, MODEL, recipes, sweep_of.prompts, self.request, sweep_of.out, batch=batch):
+                if isinstance(row, Failed):
+                    print(row, flush=True)
+                    continue
                 print(f"{row['recipe']['name']} run density {row['run_density']:.3f} {row['psnr']:.2f} dB", flush=True)
 
     def _prepare(self) -> tuple[Sweep, list[Callable[[], None]]]:

@@ -22,6 +22,7 @@ from sparse_dit.app.demo.actions import Asked, Finished, Studio, frame_of, laten
 from sparse_dit.app.demo.inside import Inside
 from sparse_dit.app.demo.limits import join_recipe, read_request, split_recipe, takes_density
 from sparse_dit.app.demo.visits import Stopped, Visit, Visits
+from sparse_dit.eval import mask_pictures
 from sparse_dit.pipelines.generate import TINY_WAN
 from sparse_dit.pipelines.tiny_wan import DEFAULTS
 from sparse_dit.recipe import Recipe, load_recipe, recipe_names
@@ -220,7 +221,7 @@ class Answers:
         frame = min(max(int(frame), 0), run.frames - 1)
         dense, sparse = (run.clip(name)[frame] for name in ("dense", "sparse"))
         pair = tuple(
-            _picture(run, f"frame-{frame}-{name}", partial(pictures.enlarged, clip))
+            _picture(run, f"frame-{frame}-{name}", partial(mask_pictures.enlarged, clip))
             for name, clip in (("dense", dense), ("sparse", sparse))
         )
         difference, gain = pictures.difference_map(dense, sparse)
@@ -248,9 +249,9 @@ class Answers:
         name = "-".join(map(str, ("mask", step, layer, head, *query)))
 
         def over_frame() -> Any:
-            picture = pictures.mask_picture(clip[frame_of(query[0], len(clip), inside.grid[0])], keys[query[0]])
+            picture = mask_pictures.mask_picture(clip[frame_of(query[0], len(clip), inside.grid[0])], keys[query[0]])
             pictures.outline(picture, own[query[0]])
-            return pictures.ring(picture, query[1:], (inside.grid[1], inside.grid[2]))
+            return mask_pictures.ring(picture, query[1:], (inside.grid[1], inside.grid[2]))
 
         told = (
             f"Step {step}, layer {layer}, head {head}: {keys.mean():.1%} of all video tokens are computed for this "
@@ -268,7 +269,7 @@ class Answers:
         run = _run(visit, number)
         if run.inside is None or not isinstance(event.index, list | tuple):
             return (gr.skip(),) * 5
-        picture = pictures.enlarged(run.clip("sparse")[0])
+        picture = mask_pictures.enlarged(run.clip("sparse")[0])
         _, rows, columns = run.inside.grid
         x, y = (float(at) for at in event.index[:2])
         row = min(max(int(y * rows / picture.height), 0), rows - 1)

@@ -11,23 +11,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sparse_dit.app.demo.actions import Finished, Pixels, frame_of
 from sparse_dit.app.demo.inside import Table, Tokens
+from sparse_dit.eval.mask_pictures import RING, enlarged, mask_picture, ring
 from sparse_dit.eval.results import Row
 from sparse_dit.eval.side_by_side import difference_gain
 from sparse_dit.pipelines.generate import TINY_WAN
 from sparse_dit.pipelines.tiny_wan.grammar import vocabulary
 
-FRAME = 384  # pixels; smaller frames are enlarged by a whole factor until they reach it
 _STRIP = 224
 _BAR = 30  # pixels above a frame of the strip, for its label
 _COLUMNS = 3
-_SKIPPED = 0.22  # brightness of tokens that are not computed
-_RING = ((0, 0, 0), (255, 214, 0))
-
-
-def enlarged(frame: npt.NDArray[np.uint8], least: int = FRAME) -> Image.Image:
-    """A frame [H, W, 3] enlarged by a whole factor, without smoothing."""
-    factor = max(1, -(-least // max(frame.shape[:2])))
-    return Image.fromarray(np.ascontiguousarray(frame.repeat(factor, axis=0).repeat(factor, axis=1)))
 
 
 def difference_map(dense: npt.NDArray[np.uint8], sparse: npt.NDArray[np.uint8]) -> tuple[Image.Image, int]:
@@ -39,37 +31,6 @@ def difference_map(dense: npt.NDArray[np.uint8], sparse: npt.NDArray[np.uint8]) 
     difference = np.abs(dense.astype(np.float32) - sparse) / 255
     gain = difference_gain(difference)
     return enlarged(np.round(np.clip(difference * gain, 0, 1) * 255).astype(np.uint8)), gain
-
-
-def mask_picture(frame: npt.NDArray[np.uint8], keys: npt.NDArray[np.bool_], least: int = FRAME) -> Image.Image:
-    """A frame whose tokens that are not computed are dark and grey.
-
-    Args:
-        frame: [H, W, 3].
-        keys: [h, w], the computed tokens of that frame.
-        least: pixels of the longer side at least.
-    """
-    picture = enlarged(frame, least)
-    shown = np.asarray(Image.fromarray(keys.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)) > 0
-    pixels = np.asarray(picture).astype(np.float32)
-    grey = pixels.mean(axis=2, keepdims=True) * _SKIPPED
-    return Image.fromarray(np.where(shown[..., None], pixels, grey).astype(np.uint8))
-
-
-def ring(picture: Image.Image, place: tuple[int, int], grid: tuple[int, int]) -> Image.Image:
-    """A picture with a mark around one token.
-
-    Args:
-        picture: changed in place.
-        place: (h, w) of the token.
-        grid: (H, W), tokens of the frame.
-    """
-    height, width = picture.height / grid[0], picture.width / grid[1]
-    draw = ImageDraw.Draw(picture)
-    box = [place[1] * width, place[0] * height, (place[1] + 1) * width, (place[0] + 1) * height]
-    for grow, color in ((4, _RING[0]), (2, _RING[1])):
-        draw.rectangle([box[0] - grow, box[1] - grow, box[2] + grow, box[3] + grow], outline=color, width=2)
-    return picture
 
 
 def outline(picture: Image.Image, tokens: npt.NDArray[np.bool_]) -> Image.Image:
@@ -86,7 +47,7 @@ def outline(picture: Image.Image, tokens: npt.NDArray[np.bool_]) -> Image.Image:
             (padded[row + 1, column + 2], (right - 1, top, right - 1, bottom)),
         ):
             if not beside:
-                draw.line(line, fill=_RING[1], width=2)
+                draw.line(line, fill=RING[1], width=2)
     return picture
 
 
@@ -109,7 +70,7 @@ def mask_strip(clip: Pixels, keys: Tokens, query: tuple[int, int, int]) -> Image
         tile = Image.new("RGB", (picture.width, picture.height + _BAR), (24, 24, 27))
         tile.paste(picture, (0, _BAR))
         text = f"{latent}: {keys[latent].mean():.0%}" + (" (query)" if latent == query[0] else "")
-        ImageDraw.Draw(tile).text((6, 4), text, fill=_RING[1] if latent == query[0] else (228, 228, 231), font=font)
+        ImageDraw.Draw(tile).text((6, 4), text, fill=RING[1] if latent == query[0] else (228, 228, 231), font=font)
         tiles.append(tile)
     return _tiled(tiles)
 

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sparse_dit.pipelines.disk import PARTIAL, append_line, write_file
+
 SCHEMA = 1
 """Of result rows, as `sparse_dit.eval.results` reads them; raised whenever a field changes its name or meaning."""
 
 RESULTS = "results.jsonl"
 FAILURES = "failures.jsonl"
 _LOCK = ".lock"
-_PARTIAL = ".partial-"
 
 Row = dict[str, Any]
 
@@ -47,7 +48,7 @@ class Journal:
 
     def __init__(self, out: Path, ids: Collection[str]) -> None:
         self.out = out
-        for partial in out.glob(f"{_PARTIAL}*"):
+        for partial in out.glob(f"{PARTIAL}*"):
             partial.unlink()
         kept: dict[str, bytes] = {}
         for line, row in _rows(out / RESULTS):
@@ -56,7 +57,7 @@ class Journal:
         self.there = set(kept)
         lines = b"".join(line + b"\n" for line in kept.values())
         if (out / RESULTS).exists() and (out / RESULTS).read_bytes() != lines:
-            _write(out, RESULTS, lines)
+            write_file(out / RESULTS, lines)
         (out / FAILURES).unlink(missing_ok=True)
 
     def add(self, name: str, video: bytes, row: Mapping[str, Any]) -> None:
@@ -70,8 +71,8 @@ class Journal:
         Raises:
             OSError: the disk is full or does not take it; the folder is then as before, but for the file itself.
         """
-        _write(self.out, name, video)
-        _append(self.out / RESULTS, row)
+        write_file(self.out / name, video)
+        append_line(self.out / RESULTS, _line(row))
 
     def fail(self, row: Mapping[str, Any]) -> None:
         """Notes a row that could not be done in this run.
@@ -79,7 +80,7 @@ class Journal:
         Raises:
             OSError: as `add`.
         """
-        _append(self.out / FAILURES, row)
+        append_line(self.out / FAILURES, _line(row))
 
 
 @contextmanager
@@ -136,55 +137,4 @@ def _rows(file: Path) -> Iterator[tuple[bytes, Row]]:
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    return json.dumps({"schema": SCHEMA, **row}, allow_nan=False).encode() + b"\n"
-
-
-def _write(out: Path, name: str, content: bytes) -> None:
-    """Writes a file that appears under its name once it is whole and on the disk."""
-    partial = out / f"{_PARTIAL}{name}"
-    try:
-        file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            _write_all(file, content)
-            os.fsync(file)
-        finally:
-            os.close(file)
-        os.replace(partial, out / name)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(out)
-
-
-def _append(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds a line; if it cannot be written whole, the file is as before."""
-    new = not path.exists()
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        before = os.fstat(file).st_size
-        try:
-            _write_all(file, _line(row))
-            os.fsync(file)
-        except OSError:
-            os.ftruncate(file, before)
-            raise
-    finally:
-        os.close(file)
-    if new:
-        _sync_folder(path.parent)
-
-
-def _write_all(file: int, content: bytes) -> None:
-    """`os.write` may take a part only, as it does when the disk is almost full."""
-    left = memoryview(content)
-    while left:
-        left = left[os.write(file, left) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Names of files are content of their folder, and reach the disk with it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return json.dumps({"schema": SCHEMA, **row}, allow_nan=False).encode()

@@ -56,7 +56,7 @@ def test_without_a_gpu_there_is_nothing_to_measure(arguments: list[str], capsys:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["bench", "steps"], "what: 'steps'; valid: 'kernels', 'models'"),
+        (["bench", "steps"], "what: 'steps'; valid: 'kernels', 'models', 'e2e'"),
         (["bench", "models", "--cases", "wan"], "cases: 'wan'; valid: wan2.1-14b-720p, "),
         (["bench", "models", "--variants", "fast"], "variants: 'fast'; valid: radial, "),
         (["bench", "models", "--seconds", "0"], "seconds: 0.0; valid: above 0"),

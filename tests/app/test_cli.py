@@ -204,6 +204,33 @@ def test_report_makes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert str(out) in capsys.readouterr().out
 
 
+def test_report_writes_pictures_tables_and_parquet(tmp_path: Path, capsys) -> None:
+    damaged = tmp_path / "rows.jsonl"
+    damaged.write_bytes(ROWS.read_bytes() + b"{broken}\n")
+    wanted = ["--pictures", str(tmp_path / "plots"), "--markdown", str(tmp_path / "tables.md")]
+    wanted += ["--parquet", str(tmp_path / "rows.parquet"), "--distances", str(ROWS.with_name("tiny-wan-decay.jsonl"))]
+    assert main(["report", "--rows", str(damaged), *wanted, "--out", str(tmp_path / "report.html")]) == 1
+    output = capsys.readouterr()
+    assert "warning: " in output.err
+    assert f"{damaged} line 97 is no JSON" in output.err
+    assert files(tmp_path / "plots") == [
+        *(f"distance-0-{axis}.png" for axis in ("space", "time")), *(f"plot-0-{number}.png" for number in range(3)),
+    ]  # fmt: skip
+    assert "## tiny-wan, 9 x 16 x 16 tokens, on NVIDIA H200" in (tmp_path / "tables.md").read_text()
+    assert "| tiny-radial | 0.52 | 0 of 20 |" in (tmp_path / "tables.md").read_text()
+    assert (tmp_path / "rows.parquet").read_bytes()[:4] == b"PAR1"
+    assert "96 rows" in (tmp_path / "report.html").read_text()
+
+
+def test_eval_goes_on_behind_damaged_rows_and_says_so(mini_wan: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "rows.jsonl"
+    out.write_text("{broken}\n")
+    options = ["--densities", "0.5", "--dense_fractions", "0", "--prompts", "held-out:1", "--out", str(out)]
+    assert main(["eval", "--model", str(mini_wan), *SIZE, *SMALL_BLOCKS[:4], *options]) == 1
+    assert f"warning: {out} line 1 is no JSON" in capsys.readouterr().err
+    assert json.loads(out.read_text().splitlines()[1])["psnr"] > 0
+
+
 def test_eval_compares_recipes_as_they_stand(mini_wan: Path, tmp_path: Path) -> None:
     other, out = tmp_path / "other.yaml", tmp_path / "rows.jsonl"
     other.write_text("name: other\nselection: all\n")

@@ -99,6 +99,25 @@ def test_pieces_measure_what_the_whole_does(monkeypatch: pytest.MonkeyPatch) -> 
     assert whole["difference_max"] == pytest.approx(np.abs(frames.astype(float) - reference).max())
 
 
+def test_a_long_clip_is_never_in_memory_as_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planes of 121 frames exist a few frames at a time, whatever the metric, and nothing is copied before."""
+    seen: list[torch.Size] = []
+
+    def spy(frames: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        seen.append(frames.shape)
+        return metrics._psnr(frames, reference)
+
+    monkeypatch.setattr(metrics, "METRICS", {"psnr": spy, "ssim": spy})
+    monkeypatch.setattr(metrics, "_CHUNK_PIXELS", 4 * 24 * 32 + 5)
+    clips = np.tile(clip(1, 24, 32), (121, 1, 1, 1)), np.tile(clip(1, 24, 32, 1), (121, 1, 1, 1))
+    pieces = list(metrics._chunks(*clips))
+    assert all(piece.base is not None for pair in pieces for piece in pair), "a piece is a copy"
+    row = measure(*clips)
+    assert {shape[0] for shape in seen} == {4, 1}
+    assert sum(shape[0] for shape in seen) == 2 * 121
+    assert row["psnr"] == pytest.approx(psnr(clips[0][:1], clips[1][:1]).mean)
+
+
 def test_equal_clips_differ_by_exactly_nothing() -> None:
     same = clip()
     row = measure(same, same.copy())

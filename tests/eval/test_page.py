@@ -1,5 +1,6 @@
 """The HTML report: whole in itself, and every figure in it."""
 
+import base64
 import json
 import math
 import re
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from sparse_dit.eval import mask_pictures
 from sparse_dit.eval.page import page
+from sparse_dit.eval.plots import pictures
 from sparse_dit.pipelines.generate import write_video
 
 
@@ -123,6 +127,53 @@ def test_probes_are_heat_maps() -> None:
     assert "self-attention layer" in text
     assert "Density: computed share" in text
     assert "relative L2" not in text
+
+
+def test_distances_are_curves() -> None:
+    looked = {
+        "model": "tiny-wan", "grid": [9, 16, 16], "prompts": 2, "queries": 640,
+        "relative_mass_by_time": [4.0, 1.0, 0.5], "relative_mass_by_space": [30.0, 2.0, 0.0, 0.25],
+    }  # fmt: skip
+    html = page(ROWS, distances=[looked])
+    assert html.count("<svg") == 3 + 2
+    text = text_of(html)
+    assert "tiny-wan, 9 x 16 x 16 tokens, 2 prompts" in text
+    assert "distance in time (latent frames)" in text
+    assert "distance in space (tokens, rounded Euclidean)" in text
+    assert "mean mass of a key / uniform" in text
+    with pytest.raises(ValueError, match="distances: row 1 has no mass"):
+        page(ROWS, distances=ROWS)
+
+
+def test_masks_lie_over_frames() -> None:
+    """Every second column of tokens is computed: those parts of the frames stay, the others are dark."""
+    keys = np.zeros((3, 4, 4), bool)
+    keys[:, :, ::2] = True
+    frames = mask_pictures.frames_of(np.full((9, 64, 64, 3), 0.8, np.float32), (3, 4, 4), 1)
+    assert frames["latents"] == [0, 1, 2]
+    probed = {"grid": [3, 4, 4], "frames": frames}
+    bits = base64.b64encode(np.packbits(keys).tobytes()).decode()
+    picture, share = mask_pictures.strip(probed, {"query": [1, 2, 1], "keys": bits})
+    assert share == 0.5
+    pixels = np.asarray(picture).astype(int)
+    size = (pixels.shape[1] - 3 * 3) // 3
+    first = pixels[:size, :size].reshape(4, size // 4, 4, size // 4, 3).mean((1, 3, 4))
+    np.testing.assert_allclose(first[:, ::2], 204, atol=3)
+    assert (first[:, 1::2] < 60).all()
+    middle = pixels[:, size + 3 : 2 * size + 3]
+    assert ((middle == (255, 214, 0)).all(-1)).any(), "the query is not marked"
+    assert not ((pixels[:, :size] == (255, 214, 0)).all(-1)).any()
+
+
+def test_plots_are_pictures_too(tmp_path: Path) -> None:
+    with pictures(tmp_path):
+        page(ROWS)
+    page(ROWS)
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["plot-0-0.png", "plot-0-1.png", "plot-0-2.png"]
+    with Image.open(files[0]) as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 500
 
 
 def test_equal_clips_leave_nothing_to_plot() -> None:

@@ -1,5 +1,6 @@
 """What a recipe keeps, against attention computed whole, and a model that does not notice."""
 
+import base64
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparse_dit.calls import plan
 from sparse_dit.eval import kept
 from sparse_dit.eval.kept import kept_of
 from sparse_dit.eval.probe import FIGURES, Place, probe, probed
 from sparse_dit.kernels.blocks import BlockList
-from sparse_dit.kernels.lists import mask_to_lists
+from sparse_dit.kernels.lists import lists_to_mask, mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
+from sparse_dit.layout import TokenLayout
 from sparse_dit.pipelines.generate import Request, generate, load_pipeline
 from sparse_dit.pipelines.patch import sparse, summary
 from sparse_dit.recipe import load_recipe
@@ -115,6 +118,21 @@ def test_a_denser_recipe_keeps_more(pipe) -> None:
     assert (more <= 1).all()
     less, more = (np.array(row["by_step"]["error"][1:]) for row in rows)
     assert (less > more).all()
+
+
+def test_masks_are_those_of_the_calls(pipe) -> None:
+    row = probe(pipe, REQUEST, RADIAL, model="mini", rows=4)
+    places = [(mask["step"], mask["layer"], mask["query"]) for mask in row["masks"]]
+    assert places == [(2, 0, [1, 4, 4]), (2, 1, [1, 4, 4])]
+    layout = TokenLayout((3, 8, 8))
+    blocks = lists_to_mask(plan(RADIAL, layout, torch.device("cpu"), heads=2).blocks, 6)[0, 0]
+    token = 1 * 64 + 4 * 8 + 4
+    expected = blocks[token // 32].repeat_interleave(32).numpy()
+    for mask in row["masks"]:
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(mask["keys"]), np.uint8), count=192).astype(bool)
+        np.testing.assert_array_equal(bits, expected)
+    assert row["frames"]["latents"] == [0, 1, 2]
+    assert len(row["frames"]["jpegs"]) == 3
 
 
 def test_what_a_cache_corrects_has_no_error_and_its_refreshes_are_dense(pipe) -> None:

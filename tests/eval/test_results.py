@@ -1,12 +1,15 @@
 """Rows: valid JSON, whole or not there."""
 
+import errno
 import json
 import math
+import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 
-from sparse_dit.eval.results import SCHEMA, append_row, identity, load_rows, provenance, to_json
+from sparse_dit.eval.results import SCHEMA, append_row, identity, load_rows, provenance, read_rows, to_json
 
 
 def test_rows_come_back(tmp_path: Path) -> None:
@@ -39,6 +42,43 @@ def test_a_torn_row_is_no_row_and_does_not_hurt_the_next(tmp_path: Path, torn: i
     assert [row["number"] for row in load_rows(file)] == [1, 3]
 
 
+def test_a_short_write_is_gone_on_with_and_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch) -> None:
+    file, real = tmp_path / "rows.jsonl", os.write
+    monkeypatch.setattr(os, "write", lambda handle, content: real(handle, bytes(content)[:7]))
+    append_row(file, {"text": "x" * 50})
+    append_row(file, {"number": 2})
+    assert [len(row) for row in load_rows(file)] == [2, 2]
+    before = file.read_bytes()
+
+    def full(handle: int, content: bytes) -> int:
+        if len(content) < 40:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(handle, bytes(content)[:7])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        append_row(file, {"text": "y" * 50})
+    assert file.read_bytes() == before
+
+
+def test_several_processes_append_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+
+    def append(number: int) -> None:
+        for count in range(50):
+            append_row(file, {"writer": number, "count": count, "text": "x" * (997 * count % 5000)})
+
+    writers = [multiprocessing.get_context("fork").Process(target=append, args=(number,)) for number in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    rows = load_rows(file)
+    for number in range(3):
+        assert [row["count"] for row in rows if row["writer"] == number] == list(range(50))
+
+
 def test_a_file_that_is_torn_from_the_start(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"schema": 1, "numb')
@@ -53,6 +93,11 @@ def test_damage_and_other_schemas_are_named(tmp_path: Path) -> None:
         stream.write("{broken}\n")
     with pytest.raises(ValueError, match="line 2"):
         load_rows(file)
+    append_row(file, {"number": 3})
+    rows, complaints = read_rows(file)
+    assert [row["number"] for row in rows] == [1, 3], "the rest goes on"
+    assert len(complaints) == 1
+    assert complaints[0].startswith(f"{file} line 2 is no JSON")
     file.write_text(json.dumps({"schema": SCHEMA + 1}) + "\n")
     with pytest.raises(ValueError, match=f"schema {SCHEMA}"):
         load_rows(file)

@@ -4,10 +4,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sparse_dit.eval import results
-from sparse_dit.eval.sweep import grid, sweep
+from sparse_dit.eval import metrics, pair, results
+from sparse_dit.eval.sweep import Failed, grid, sweep
 from sparse_dit.pipelines.generate import Request, load_pipeline
 from sparse_dit.recipe import load_recipe
 
@@ -55,6 +56,45 @@ def test_batches_give_the_rows_of_single_runs_and_resume(pipe, tmp_path: Path) -
     assert [row["id"] for row in rows_of(pipe, out, 2)] == [lost["id"]]
     assert out.read_text().splitlines()[:5] == lines
     assert rows_of(pipe, out, 3) == []
+
+
+def test_what_fails_is_named_and_the_rest_goes_on(pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, out = pair.generate_batch, tmp_path / "rows.jsonl"
+    results.append_row(out, {"id": "another", "kind": "note"})
+    with out.open("a") as file:
+        file.write("{broken}\n")
+
+    def spoilt(pipe, requests):
+        frames = real(pipe, requests)
+        if requests[0].prompt == PROMPTS[1]:
+            raise ValueError(f"frames that are not finite (seed {requests[0].seed})")
+        return frames
+
+    monkeypatch.setattr(pair, "generate_batch", spoilt)
+    found = rows_of(pipe, out, 1)
+    failed = [row for row in found if isinstance(row, Failed)]
+    assert len(found) == 6
+    assert [str(one) for one in failed] == [
+        "radial failed: its dense run: frames that are not finite (seed 4) (a large blue ring)"
+    ] * 2
+    monkeypatch.setattr(pair, "generate_batch", real)
+    assert [row["prompt"] for row in rows_of(pipe, out, 1)] == [PROMPTS[1]] * 2, "what failed is tried again"
+    assert len(results.read_rows(out)[0]) == 7
+
+
+def test_nan_frames_of_one_recipe_leave_the_others(pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = metrics.measure
+
+    def measure(frames, reference):
+        spoilt.append(len(spoilt))
+        return real(np.full_like(frames, np.nan) if len(spoilt) == 1 else frames, reference)
+
+    spoilt: list[int] = []
+    monkeypatch.setattr(metrics, "measure", measure)
+    first, second = rows_of(pipe, tmp_path / "rows.jsonl", 1, PROMPTS[:1])
+    assert isinstance(first, Failed)
+    assert "values from nan to nan; valid: 0 to 1" in first.reason
+    assert second["recipe"]["selection"]["density"] == 0.4
 
 
 def test_a_batch_below_one_is_refused(pipe, tmp_path: Path) -> None:
