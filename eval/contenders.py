@@ -112,7 +112,7 @@ CONTENDERS: dict[str, Contender] = {
     "sparse-vdit": Contender(Calibrated("sparse-vdit")),
     "jenga": Contender(Sought("selection.least", 0.0, 1.0)),
     # Without its PV skip: at the published 2^-50 it moves an output by less than 2304 x 2^-50 of the largest value.
-    "sparge": Contender(settings={"pv_threshold": None}, precisions=("int8", "int8_fp8")),
+    "sparge": Contender(precisions=("int8", "int8_fp8")),
     "sol": Contender(Sought("selection.tau", -2.0, 4.0, falls=True)),
     "subblock": Contender(settings={"selection.sub_block": 8}),
     "adaspa": Contender(settings={"schedule.refresh_steps": [0, 4, 12]}),
