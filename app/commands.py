@@ -268,6 +268,7 @@ def batch(
     engine: Literal["local", "ray"] = "local",
     workers: int = 0,
     address: str | None = None,
+    gpus_per_video: int = 1,
     threads: int | None = None,
     retries: int = 2,
     fps: int = 16,
@@ -285,6 +286,7 @@ def batch(
         engine: local runs on this machine, ray on a Ray cluster (docs/cluster.md).
         workers: how many models are loaded; 0 is one per GPU, or one on a CPU.
         address: of the Ray cluster; without one RAY_ADDRESS is taken, or a cluster is started on this machine.
+        gpus_per_video: GPUs of this machine that share each video; as many fewer models are loaded.
         threads: CPU threads of each worker; the same number makes the same video to the bit.
         retries: how often a row is tried again after a failure that may pass.
         fps: frames a second of the videos.
@@ -309,7 +311,7 @@ def batch(
         threads=threads,
         describe=results.device_of,
     )
-    run = choose_engine(engine, setup.device, workers, address)
+    run = choose_engine(engine, setup.device, workers, address, gpus_per_video)
     plan = plan_batch(Path(manifest), Path(out), request, load_recipe(setup.recipe), job)
     if dry_run:
         print("\n".join(plan_lines(plan, job)))

@@ -3,32 +3,41 @@
     python -m sparse_dit.eval.batch_trial kill --rows 200 --kills 3 --out eval/results/batch.jsonl
     python -m sparse_dit.eval.batch_trial throughput --rows 40 --out eval/results/batch.jsonl
     python -m sparse_dit.eval.batch_trial ray --rows 24 --out eval/results/batch.jsonl
+    python -m sparse_dit.eval.batch_trial group --rows 8 --gpus 2 --out eval/results/batch.jsonl
 
 `kill` ends the command with SIGKILL at random moments and lets a last run go on. `throughput` takes turns with a bare
 loop over the pipeline. `ray` ends one of two actors with SIGKILL and compares every file with those of one process.
+`group` shares each video over GPUs, or over processes on a CPU where there are none, ends one of them with SIGKILL and
+compares every frame with those of one.
 """
 
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sparse_dit.eval import results
 from sparse_dit.eval.files import read_frames
+from sparse_dit.pipelines.batch.groups import Rank, Seat, run_groups
 from sparse_dit.pipelines.batch.identity import model_identity
 from sparse_dit.pipelines.batch.manifest import Item
-from sparse_dit.pipelines.batch.run import plan_batch, run_batch
+from sparse_dit.pipelines.batch.run import Engine, choose_engine, plan_batch, run_batch
 from sparse_dit.pipelines.batch.worker import Job, Outcome, Worker
 from sparse_dit.pipelines.generate import TINY_WAN, Request, generate, load_pipeline, write_video
 from sparse_dit.pipelines.patch import enable
@@ -196,6 +205,61 @@ def ray_trial(folder: Path, rows: int) -> results.Row:
     }
 
 
+def group_trial(folder: Path, rows: int, gpus: int) -> results.Row:
+    """One group, of which a process is killed in the middle of a row when a third of them is done."""
+    cuda = torch.cuda.is_available()
+    job = Job(TINY_WAN, model_identity(TINY_WAN), suffix=".webp", threads=1)
+    manifest, recipe = write_manifest(folder / "prompts.jsonl", rows), load_recipe("tiny-radial").override(CHANGES)
+    engines: dict[str, Engine] = {
+        "one": choose_engine("local", "cuda" if cuda else "cpu", 1, None),
+        "group": choose_engine("local", "cuda", 1, None, gpus)
+        if cuda
+        else partial(run_groups, groups=[["cpu"] * gpus], worker=_rank_on_cpu),
+    }
+    killed: list[int] = []
+
+    def kill() -> None:
+        victim = multiprocessing.active_children()[-1].pid
+        assert victim is not None
+        killed.append(victim)
+        os.kill(victim, signal.SIGKILL)
+
+    def engine(items: Sequence[Item], job: Job) -> Iterator[Outcome]:
+        for number, outcome in enumerate(engines["group"](items, job)):
+            if number == rows // 3:
+                threading.Timer(outcome.measured["seconds"] / 2, kill).start()
+            yield outcome
+
+    found: dict[str, list[results.Row]] = {}
+    for name, run in (("one", engines["one"]), ("group", engine)):
+        run_batch(plan_batch(manifest, folder / name, MIDDLE, recipe, job), folder / name, job, run, {})
+        found[name] = sorted(results.load_rows(folder / name / "results.jsonl"), key=lambda row: int(row["line"]))
+    levels = [
+        max(
+            int(np.abs(one.astype(int) - other).max())
+            for one, other in zip(*(read_frames(folder / name / row["file"]) for name in found), strict=True)
+        )
+        for row in found["one"]
+    ]
+    return {
+        "gpus_per_video": [row["gpus_per_video"] for row in found["group"]],
+        "killed": len(killed),
+        "rows_tried_again": sum(row["attempts"] > 1 for row in found["group"]),
+        "results": len(found["group"]),
+        "levels_off": levels,  # of 255, the largest of a video
+        "density_one": [row["density"] for row in found["one"]],
+        "density_group": [row["density"] for row in found["group"]],
+        "row_seconds_one": statistics.median(row["seconds"] for row in found["one"]),
+        "row_seconds_group": statistics.median(row["seconds"] for row in found["group"]),
+    }
+
+
+def _rank_on_cpu(job: Job, device: str, seat: Seat) -> Rank:
+    """A process of a group where diffusers finds no accelerators, by whose number it divides."""
+    torch.accelerator.device_count = lambda: seat.ranks
+    return Rank(job, device, seat)
+
+
 def _lines(out: Path) -> int:
     file = out / "results.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
@@ -233,9 +297,10 @@ def _actors_below(pid: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trial", choices=["kill", "throughput", "ray"])
+    parser.add_argument("trial", choices=["kill", "throughput", "ray", "group"])
     parser.add_argument("--rows", type=int, required=True, help="rows of the manifest")
     parser.add_argument("--kills", type=int, default=3, help="how often kill ends the command")
+    parser.add_argument("--gpus", type=int, default=2, help="of the group")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, required=True, help="the JSONL file to append to")
     chosen = parser.parse_args()
@@ -243,11 +308,14 @@ def main() -> None:
         "kill": lambda folder: kill_trial(folder, chosen.rows, chosen.kills, chosen.seed),
         "throughput": lambda folder: throughput_trial(folder, chosen.rows),
         "ray": lambda folder: ray_trial(folder, chosen.rows),
+        "group": lambda folder: group_trial(folder, chosen.rows, chosen.gpus),
     }
     results.load_rows(chosen.out)
     with tempfile.TemporaryDirectory() as folder:
         row = {"trial": chosen.trial, "rows": chosen.rows, "seed": chosen.seed, **trials[chosen.trial](Path(folder))}
-    row |= {"device": results.device_of("cpu", torch.float32) | {"threads": 1}, **results.provenance()}
+    cuda = chosen.trial == "group" and torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    row |= {"device": results.device_of(device, dtype) | {"threads": 1}, **results.provenance()}
     results.append_row(chosen.out, row)
     print(results.to_json(row, indent=2))
 

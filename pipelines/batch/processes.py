@@ -1,9 +1,12 @@
 """Rows on the devices of one machine: in this process, or in one process a worker."""
 
 import multiprocessing
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -11,7 +14,10 @@ from sparse_dit.pipelines.batch.manifest import Item
 from sparse_dit.pipelines.batch.worker import Job, Outcome, Worker, leave_process
 
 PATIENCE = 10.0
-"""Seconds that an idle process has to end by itself."""
+"""Seconds that idle processes have to end by themselves."""
+
+Row = tuple[Item, int]
+"""A row, and the number of its next attempt."""
 
 
 def run_here(items: Sequence[Item], job: Job, device: str) -> Iterator[Outcome]:
@@ -44,8 +50,23 @@ def run_processes(items: Sequence[Item], job: Job, devices: Sequence[str]) -> It
     Raises:
         ValueError: the model cannot be loaded.
     """
+    starts = [partial(Member, [partial(Worker, job, device)]) for device in devices]
+    yield from hand_out(items, job.retries, starts)
+
+
+def hand_out(items: Sequence[Item], retries: int, starts: Sequence[Callable[[], "Member"]]) -> Iterator[Outcome]:
+    """Gives rows to members, the next one to whoever is done with one, and replaces members that end.
+
+    Args:
+        items: the rows.
+        retries: how often a row is given out again.
+        starts: each starts a member.
+
+    Yields:
+        The outcome of each row, as they end.
+    """
     waiting = deque((item, 1) for item in items)
-    members = [_Member(job, device) for device in devices[: len(items)]]
+    members = {start(): start for start in starts[: len(items)]}
     try:
         while members:
             for member in list(members):
@@ -53,16 +74,16 @@ def run_processes(items: Sequence[Item], job: Job, devices: Sequence[str]) -> It
                     member.give(*waiting.popleft())
                 elif member.row is None:
                     member.stop()
-                    members.remove(member)
-            ready = wait([member.connection for member in members]) if members else []
-            for member in [one for one in members if one.connection in ready]:
-                outcome, again = _receive(member, job)
+                    del members[member]
+            ready = wait([connection for member in members for connection in member.connections]) if members else []
+            for member in [one for one in members if not set(ready).isdisjoint(one.connections)]:
+                outcome, again = member.receive(retries)
                 if again is not None:
                     waiting.appendleft(again)
-                if member.connection.closed:
-                    members.remove(member)
+                if not member.alive:
+                    start = members.pop(member)
                     if waiting:
-                        members.append(_Member(job, member.device))
+                        members[start()] = start
                 if outcome is not None:
                     yield outcome
     finally:
@@ -70,59 +91,82 @@ def run_processes(items: Sequence[Item], job: Job, devices: Sequence[str]) -> It
             member.stop()
 
 
-class _Member:
-    """A worker in a process of its own, seen from the parent."""
+class Member:
+    """A worker in a process of its own, seen from the parent; `groups` has one in several processes.
 
-    def __init__(self, job: Job, device: str) -> None:
+    Args:
+        makers: makes the worker, once in each process.
+
+    Attributes:
+        row: what it is at.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[], Worker]]) -> None:
         # A forked process cannot use CUDA when its parent has touched it.
         context = multiprocessing.get_context("spawn")
-        self.device = device
-        self.row: tuple[Item, int] | None = None
-        self.connection, theirs = context.Pipe()
-        self.process: Any = context.Process(target=_serve, args=(theirs, job, device), daemon=True)
-        self.process.start()
-        theirs.close()
+        self.row: Row | None = None
+        self.connections: list[Connection] = []
+        self.processes: list[Any] = []
+        for make in makers:
+            connection, theirs = context.Pipe()
+            process: Any = context.Process(target=_serve, args=(theirs, make), daemon=True)
+            process.start()
+            theirs.close()
+            self.connections.append(connection)
+            self.processes.append(process)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes further rows."""
+        return not self.connections[0].closed
 
     def give(self, item: Item, attempt: int) -> None:
+        """Starts a row."""
         self.row = (item, attempt)
-        # A process that is dead already is found when its answer is read.
+        for connection in self.connections:
+            # A process that is dead already is found when its answer is read.
+            with suppress(OSError):
+                connection.send(item)
+
+    def receive(self, retries: int) -> tuple[Outcome | None, Row | None]:
+        """The outcome of the row that it is at, or the row, to be given out again, if it died over it.
+
+        Called when one of its connections is ready.
+        """
+        assert self.row is not None
+        item, attempt = self.row
+        self.row = None
         try:
-            self.connection.send(item)
-        except OSError:
-            return
+            outcome: Outcome = self.connections[0].recv()
+        except (EOFError, OSError):
+            self.stop()
+            if attempt <= retries:
+                return None, (item, attempt + 1)
+            code = self.processes[0].exitcode
+            return Outcome(item, "failed", attempt, f"its worker died each time, last with exit code {code}"), None
+        return replace(outcome, attempts=outcome.attempts + attempt - 1), None
 
     def stop(self) -> None:
-        self.connection.close()
-        # Without a row it sees that nobody talks to it any more, and ends in order.
-        self.process.join(0.0 if self.row else PATIENCE)
-        self.process.terminate()
-        self.process.join()
+        """Ends its processes: those that are at a row at once."""
+        for connection in self.connections:
+            connection.close()
+        # Without a row they see that nobody talks to them any more, and end in order.
+        end = time.monotonic() + (0.0 if self.row else PATIENCE)
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        for process in self.processes:
+            process.kill()  # a stopped process would not hear a milder signal
+            process.join()
 
 
-def _receive(member: _Member, job: Job) -> tuple[Outcome | None, tuple[Item, int] | None]:
-    """The outcome of a member's row, or the row and the number of its next attempt if the process died over it."""
-    assert member.row is not None
-    item, attempt = member.row
-    member.row = None
-    try:
-        outcome: Outcome = member.connection.recv()
-    except (EOFError, OSError):
-        member.stop()
-        if attempt <= job.retries:
-            return None, (item, attempt + 1)
-        code = member.process.exitcode
-        return Outcome(item, "failed", attempt, f"its worker died each time, last with exit code {code}"), None
-    return replace(outcome, attempts=outcome.attempts + attempt - 1), None
-
-
-def _serve(connection: Connection, job: Job, device: str) -> None:
-    """What runs in the process: rows come, outcomes go, until the parent is gone."""
+def _serve(connection: Connection, make: Callable[[], Worker]) -> None:
+    """What runs in a process: rows come, outcomes go, until the parent is gone."""
     worker: Worker | None = None
     try:
         while True:
             item = connection.recv()
             try:
-                worker = worker or Worker(job, device)
+                worker = worker or make()
             except ValueError as error:
                 connection.send(Outcome(item, "model", 1, str(error)))
                 return

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from sparse_dit.pipelines.batch.groups import run_groups
 from sparse_dit.pipelines.batch.journal import FAILURES, Journal, open_journal, read_done
 from sparse_dit.pipelines.batch.manifest import Item, Refused, read_manifest
 from sparse_dit.pipelines.batch.processes import run_here, run_processes
@@ -71,7 +72,7 @@ class Report:
         return f"{', '.join(parts)}, {failed} failed{f' (see {FAILURES})' if failed else ''}"
 
 
-def choose_engine(name: str, device: str, workers: int, address: str | None) -> Engine:
+def choose_engine(name: str, device: str, workers: int, address: str | None, gpus_per_video: int = 1) -> Engine:
     """What runs the rows.
 
     Args:
@@ -80,13 +81,17 @@ def choose_engine(name: str, device: str, workers: int, address: str | None) -> 
         workers: how many models are loaded, each for itself; 0 is one per GPU, or on CPUs one (local) or as many as the
             cluster has room for (ray).
         address: of the Ray cluster; None as `run_ray`.
+        gpus_per_video: GPUs of a worker, which share each video; above 1 for `local` only.
 
     Raises:
         ValueError: a number or a name that is not valid, CUDA where there is none, or an address without cluster.
     """
-    if workers < 0:
-        raise ValueError(f"workers: {workers}; valid: a whole number from 0")
+    for argument, value, least in (("workers", workers, 0), ("gpus_per_video", gpus_per_video, 1)):
+        if value < least:
+            raise ValueError(f"{argument}: {value}; valid: a whole number from {least}")
     if name == "ray":
+        if gpus_per_video > 1:
+            raise ValueError(f"gpus_per_video: {gpus_per_video} with engine 'ray'; valid: 1, or engine 'local'")
         return partial(run_ray, device=device, workers=workers, address=address)
     if name != "local":
         raise ValueError(f"engine: {name!r}; valid: local, ray")
@@ -95,11 +100,26 @@ def choose_engine(name: str, device: str, workers: int, address: str | None) -> 
     gpus = torch.cuda.device_count()
     if device == "cuda" and not gpus:
         raise ValueError("device: 'cuda'; there is no CUDA device; valid: 'cpu'")
+    if gpus_per_video > 1:
+        groups = _groups(0 if device == "cpu" else gpus, workers, gpus_per_video)
+        return partial(run_groups, groups=groups)
     devices = [f"cuda:{number}" for number in range(gpus)] if device != "cpu" and gpus else ["cpu"]
     chosen = list(islice(cycle(devices), workers or len(devices)))
     if len(chosen) == 1:
         return partial(run_here, device=chosen[0])
     return partial(run_processes, devices=chosen)
+
+
+def _groups(gpus: int, workers: int, each: int) -> list[list[str]]:
+    """The GPUs of each worker, which has so many; tells how many are left over where nobody asked for fewer."""
+    room = gpus // each
+    if not room:
+        raise ValueError(f"gpus_per_video: {each} of {gpus} GPUs; valid: 1{f' to {gpus}' if gpus > 1 else ''}")
+    if workers > room:
+        raise ValueError(f"workers: {workers} of {each} GPUs each, of {gpus}; valid: 0 to {room}")
+    if not workers and gpus % each:
+        print(f"sparse-dit: {gpus % each} of {gpus} GPUs left over (gpus_per_video: {each})", file=sys.stderr)
+    return [[f"cuda:{first + number}" for number in range(each)] for first in range(0, (workers or room) * each, each)]
 
 
 def plan_batch(manifest: Path, out: Path, request: Request, recipe: Recipe, job: Job) -> Plan:

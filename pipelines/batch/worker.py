@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_dit.pipelines.batch.manifest import Item
-from sparse_dit.pipelines.generate import call_arguments, generate, load_pipeline, write_video
+from sparse_dit.pipelines.generate import Frames, call_arguments, generate, load_pipeline, write_video
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -148,12 +148,16 @@ class Worker:
         }
         if self.job.describe is not None:
             measured["device"] = dict(self.job.describe(self.pipe.device, self.pipe.transformer.dtype))
+        return Outcome(item, "done", attempt, video=self.encode(frames), measured=measured)
+
+    def encode(self, frames: Frames) -> bytes:
+        """The content of the video file of a row's frames."""
         with tempfile.TemporaryDirectory(prefix="sparse-dit-") as folder:
             file = Path(folder) / f"video{self.job.suffix}"
             write_video(frames, file, self.job.fps)
             video = file.read_bytes()
         check_whole(video, self.job.suffix)
-        return Outcome(item, "done", attempt, video=video, measured=measured)
+        return video
 
 
 def kind_of(error: Exception) -> Kind:

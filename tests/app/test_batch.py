@@ -70,6 +70,7 @@ BAD = {
     "unknown engine": (["batch", "rows.csv", "--engine", "spark"], "ray"),
     "address of nothing": (["batch", "rows.csv", "--address", "auto"], "valid: engine 'ray'"),
     "workers below zero": (["batch", "rows.csv", "--workers", "-1"], "from 0"),
+    "GPUs that there are not": (["batch", "rows.csv", "--device", "cpu", "--gpus_per_video", "2"], "0 GPUs; valid: 1"),
     "retries below zero": (["batch", "rows.csv", "--retries", "-1"], "from 0"),
     "prompt of one": (["batch", "rows.csv", "--prompt", "x"], "unknown option --prompt"),
     "folder below a file": (["batch", "rows.csv", "--out", "rows.csv/out"], "valid: a folder that can be written"),

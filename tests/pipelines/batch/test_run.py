@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from sparse_dit.pipelines.batch import processes
+from sparse_dit.pipelines.batch.groups import run_groups
 from sparse_dit.pipelines.batch.manifest import Item
 from sparse_dit.pipelines.batch.processes import run_processes
 from sparse_dit.pipelines.batch.run import Plan, Report, choose_engine, plan_batch, plan_lines, run_batch
@@ -239,7 +240,33 @@ def test_engines_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_engine("local", "auto", 0, None).keywords == {"devices": ["cuda:0", "cuda:1", "cuda:2"]}
     assert choose_engine("local", "cuda", 1, None).keywords == {"device": "cuda:0"}
     assert choose_engine("local", "cpu", 0, None).keywords == {"device": "cpu"}
+    assert choose_engine("local", "cuda", 1, None, 2).keywords == {"groups": [["cuda:0", "cuda:1"]]}
     assert choose_engine("ray", "auto", 0, "auto").keywords == {"device": "auto", "workers": 0, "address": "auto"}
+
+
+@pytest.mark.parametrize(("gpus", "told"), [(4, ""), (5, "sparse-dit: 1 of 5 GPUs left over (gpus_per_video: 2)\n")])
+def test_gpus_that_are_left_over_are_told(gpus: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    engine = choose_engine("local", "auto", 0, None, 2)
+    assert engine.func is run_groups
+    assert engine.keywords == {"groups": [["cuda:0", "cuda:1"], ["cuda:2", "cuda:3"]]}
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    ("wrong", "valid"),
+    [
+        (("local", "auto", 0, None, 4), "gpus_per_video: 4 of 3 GPUs; valid: 1 to 3"),
+        (("local", "cpu", 0, None, 2), "gpus_per_video: 2 of 0 GPUs; valid: 1$"),
+        (("local", "cuda", 2, None, 2), "workers: 2 of 2 GPUs each, of 3; valid: 0 to 1"),
+        (("local", "cuda", 0, None, 0), "gpus_per_video: 0; valid: a whole number from 1"),
+        (("ray", "cuda", 0, None, 2), "gpus_per_video: 2 with engine 'ray'; valid: 1, or engine 'local'"),
+    ],
+)
+def test_groups_that_there_are_not(wrong: tuple, valid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(ValueError, match=valid):
+        choose_engine(*wrong)
 
 
 @pytest.mark.parametrize(
