@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser
 from sparse_dit import __version__
 from sparse_dit.app.commands import COMMANDS, GROUPS
 from sparse_dit.app.setup import Setup
+from sparse_dit.pipelines.loggers import hush_imports
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: that of the command, which is 0 unless it says otherwise, or 2 after a one-line error on stderr.
     """
+    hush_imports()
     try:
         return read_command(list(sys.argv[1:] if argv is None else argv))() or 0
     except (ArgumentError, ValueError, OSError) as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_dit.pipelines.batch.manifest import Item
 from sparse_dit.pipelines.generate import Frames, call_arguments, generate, load_pipeline, write_video
+from sparse_dit.pipelines.loggers import hush_imports
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -96,6 +97,7 @@ class Worker:
     """
 
     def __init__(self, job: Job, device: str) -> None:
+        hush_imports()
         import diffusers
         import torch
         import transformers

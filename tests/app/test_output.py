@@ -1,5 +1,7 @@
-"""Output folders appear whole or not at all."""
+"""Output folders appear whole or not at all, and nothing that nobody asked for is said."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,11 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written() -> None:
     with pytest.raises(ValueError, match="valid: a folder that can be written"), output_folder("/proc/sparse-dit"):
         pass
+
+
+def test_libraries_that_nobody_asked_for_are_silent() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "sparse_dit.app", "explain"], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.startswith("WanTransformer3DModel, recipe tiny-radial")
+    assert ran.stderr == ""
