@@ -135,7 +135,9 @@ def _check_order(q: Tensor, k: Tensor, order: Tensor | None) -> None:
         raise ValueError(
             f"order: given for {seq} queries and {k.shape[2]} keys; valid: as many queries as keys, or None"
         )
-    if order.dtype is not torch.int64 or list(order.shape) not in ([1, seq], [heads, seq]):
+    # Sizes one by one: torch.compile with dynamic shapes cannot look a list of them up in a tuple of lists.
+    fits = order.ndim == 2 and order.shape[1] == seq and (order.shape[0] == 1 or order.shape[0] == heads)
+    if order.dtype is not torch.int64 or not fits:
         raise ValueError(f"order: {order.dtype} {list(order.shape)}; valid: torch.int64 [1, {seq}] or [{heads}, {seq}]")
     if order.device != q.device:
         raise ValueError(f"order: on {order.device}; valid: {q.device}, where q is")
