@@ -6,6 +6,7 @@ from sparse_dit.kernels.lists import lists_to_mask, top_k_lists
 from sparse_dit.parallel import ALL_HERE, Heads
 
 SPREADS = ("even", "recall", "gain")
+RICH_ABOVE = 0.8  # recall above which a head's budget may be halved, as published
 # Rows of blocks that `by_gain` looks at: it averages over rows, and sorts each.
 ROWS = 128
 

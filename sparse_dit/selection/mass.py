@@ -12,7 +12,7 @@ from sparse_dit.kernels.gather import gather_tokens
 from sparse_dit.kernels.lists import top_k_lists
 from sparse_dit.kernels.mass import block_mass
 from sparse_dit.layout import TokenLayout
-from sparse_dit.selection.budgets import by_recall
+from sparse_dit.selection.budgets import RICH_ABOVE, by_recall
 from sparse_dit.selection.dynamic import Call, Chosen, Dynamic, blocks_of_share, density_of_share
 
 
@@ -41,7 +41,7 @@ class Mass(Dynamic):
 
     density: float = 0.2
     adaptive: bool = True
-    rich_above: float = 0.8
+    rich_above: float = RICH_ABOVE
 
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0:
@@ -71,8 +71,15 @@ class Mass(Dynamic):
             call: what else the budgets depend on.
         """
         base = blocks_of_share(self.density, call.k_blocks)
-        sizes = {"block_q": call.block_q, "block_k": call.block_k}
-        return by_recall(mass, base, rich_above=self.rich_above, forced=call.forced, spread_over=call.heads, **sizes)
+        return by_recall(
+            mass,
+            base,
+            rich_above=self.rich_above,
+            block_q=call.block_q,
+            block_k=call.block_k,
+            forced=call.forced,
+            spread_over=call.heads,
+        )
 
     def expected_density(self, layout: TokenLayout, block_q: int, block_k: int) -> float:
         """See `Dynamic.expected_density`."""

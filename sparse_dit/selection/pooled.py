@@ -19,10 +19,8 @@ from sparse_dit.kernels.pool import block_means, block_similarity
 from sparse_dit.kernels.scores import REDUCTIONS, part_means, part_scores
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Order
-from sparse_dit.selection.budgets import SPREADS, by_gain, by_recall
+from sparse_dit.selection.budgets import RICH_ABOVE, SPREADS, by_gain, by_recall
 from sparse_dit.selection.dynamic import Call, Chosen, Dynamic, blocks_of_share, density_of_share
-
-RICH_ABOVE = 0.8  # recall above which a head's budget may be halved, as in AdaSpa
 
 
 @dataclass(frozen=True)
