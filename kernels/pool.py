@@ -28,7 +28,7 @@ def block_means(x: Tensor, block: int, *, order: Tensor | None = None, subtract:
     Raises:
         ValueError: an argument is not as above.
     """
-    _check(x, block, order, subtract)
+    check_pool(x, block, order, subtract)
     if x.is_cuda:
         from sparse_dit.kernels.pool_triton import triton_pool
 
@@ -58,7 +58,7 @@ def block_similarity(
     Raises:
         ValueError: an argument is not as above.
     """
-    _check(x, block, order, subtract)
+    check_pool(x, block, order, subtract)
     if x.is_cuda:
         from sparse_dit.kernels.pool_triton import triton_pool
 
@@ -98,7 +98,8 @@ def _means(x: Tensor, block: int) -> Tensor:
     return torch.cat((means, x[:, :, whole:].mean(dim=2, keepdim=True, dtype=torch.float32)), dim=2)
 
 
-def _check(x: Tensor, block: int, order: Tensor | None, subtract: Tensor | None) -> None:
+def check_pool(x: Tensor, block: int, order: Tensor | None, subtract: Tensor | None = None) -> None:
+    """What `block_means` and its like refuse."""
     if x.dtype not in DTYPES or x.ndim != 4 or 0 in x.shape:
         raise ValueError(
             f"x: {x.dtype} {list(x.shape)}; valid: a non-empty [B, H, S, D] of {', '.join(map(str, DTYPES))}"
