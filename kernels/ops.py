@@ -4,6 +4,7 @@ Backends are imported when they first run, so importing this module loads torch 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
@@ -27,6 +28,7 @@ def block_sparse_attention(
     scale: float | None = None,
     precision: str = "native",
     order: Tensor | None = None,
+    ordered: Sequence[Tensor] | None = None,
     skipped: str = "drop",
     pv_threshold: float | None = None,
     backend: str | None = None,
@@ -49,6 +51,9 @@ def block_sparse_attention(
             backend computes in fp32 from the same codes: it shows what a precision costs in accuracy and is not faster.
         order: int64 [1 or H, S] on q's device, each row a permutation: the ids of the tokens in the order in which they
             enter blocks; needs Sq = Sk = S. None: as they stand. Values are not read back for a check.
+        ordered: q, k and v in the order, where somebody has brought them into it before (`ordered.order_with_means`):
+            no kernel then gathers them again. Keys and values may lie in an order of their own there, unless skipped
+            blocks are summarized. Taken on trust, too.
         skipped: what becomes of blocks that a row does not list: "drop", nothing; "summary", each enters the row's
             softmax as one more key, the mean of its k and v in the inputs' dtype, with the weight of its count of
             tokens, and in the lse, too (`summary.merge_summaries`). The cost is that of these keys. Rows that list
@@ -73,6 +78,7 @@ def block_sparse_attention(
     _check_tensors(q, k, v)
     _check_blocks(q, k, blocks)
     _check_order(q, k, order)
+    _check_ordered(q, order, ordered)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not 0 < scale < math.inf:
         raise ValueError(f"scale: {scale!r}; valid: a positive finite number, or None for 1 / sqrt(D)")
@@ -97,6 +103,7 @@ def block_sparse_attention(
         backend,
         skipped,
         pv_threshold,
+        *(ordered or (None, None, None)),
     )
     return out, lse
 
@@ -143,6 +150,19 @@ def _check_order(q: Tensor, k: Tensor, order: Tensor | None) -> None:
         raise ValueError(f"order: on {order.device}; valid: {q.device}, where q is")
 
 
+def _check_ordered(q: Tensor, order: Tensor | None, ordered: Sequence[Tensor] | None) -> None:
+    if ordered is None:
+        return
+    if order is None:
+        raise ValueError("ordered: given without an order; valid: None, or q, k and v in the order given")
+    for x in ordered:
+        if len(ordered) != 3 or x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"ordered: {len(ordered)} tensors, {x.dtype} {list(x.shape)} on {x.device}; valid: q, k and v, "
+                f"{q.dtype} {list(q.shape)} on {q.device}, like q"
+            )
+
+
 @torch.library.custom_op("sparse_dit::block_sparse_attention", mutates_args=())
 def _block_sparse_attention(
     q: Tensor,
@@ -158,14 +178,22 @@ def _block_sparse_attention(
     backend: str,
     skipped: str = "drop",
     pv_threshold: float | None = None,
+    q_ordered: Tensor | None = None,
+    k_ordered: Tensor | None = None,
+    v_ordered: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    lists = (indices, counts, order, block_q, block_k)
+    ordered = None
+    if q_ordered is not None and k_ordered is not None and v_ordered is not None:
+        ordered = (q_ordered, k_ordered, v_ordered)
     try:
-        out, lse = _attend(q, k, v, indices, counts, order, block_q, block_k, scale, precision, backend, pv_threshold)
+        out, lse = _attend(q, k, v, *lists, scale, precision, backend, pv_threshold, ordered)
     except torch.OutOfMemoryError as error:
         from sparse_dit.kernels.memory import told_shortage
 
         # Every kernel is launched on memory that is there: only what led up to the attention has run.
-        raise torch.OutOfMemoryError(told_shortage(q, k, order, precision, backend)) from error
+        gathers = order if ordered is None else None
+        raise torch.OutOfMemoryError(told_shortage(q, k, gathers, precision, backend)) from error
     if skipped == "summary":
         from sparse_dit.kernels.summary import merge_summaries
 
@@ -187,6 +215,7 @@ def _attend(
     precision: str,
     backend: str,
     pv_threshold: float | None,
+    ordered: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention along the lists alone, in the tokens' own order."""
     lists = (indices, counts, block_q, block_k)
@@ -195,7 +224,8 @@ def _attend(
         from sparse_dit.kernels.quantize import quantize
 
         on = "host" if backend == "host" else "triton"
-        codes = quantize(q, k, v, precision=precision, scale=scale, order=order, backend=on)
+        tensors, by = ((q, k, v), order) if ordered is None else (ordered, None)
+        codes = quantize(*tensors, precision=precision, scale=scale, order=by, backend=on)
         if backend == "hopper":
             from sparse_dit.kernels.hopper import hopper_quantized_attention
 
@@ -210,20 +240,24 @@ def _attend(
     if backend == "host":
         from sparse_dit.kernels.host import host_attention
 
-        if order is not None:
+        if ordered is not None:
+            q, k, v = ordered
+        elif order is not None:
             q, k, v = (gather_tokens(x, order) for x in (q, k, v))
         return _in_token_order(*host_attention(q, k, v, *lists, scale, pv_threshold), order)
-    if order is not None:
+    if order is not None and ordered is None:
         from sparse_dit.kernels.gather_triton import triton_gather
+
+        # The portable kernel finds its queries by the order, too.
+        ordered = triton_gather((k, v), order) if backend == "triton" else triton_gather((q, k, v), order)
     if backend == "triton":
         from sparse_dit.kernels.attention import triton_attention
 
-        # This kernel finds its queries by the order, too.
-        k, v = (k, v) if order is None else triton_gather((k, v), order)
+        k, v = (k, v) if ordered is None else ordered[-2:]
         return triton_attention(q, k, v, indices, counts, order, block_q, block_k, scale, pv_threshold)
     from sparse_dit.kernels.hopper import hopper_attention
 
-    q, k, v = (q, k, v) if order is None else triton_gather((q, k, v), order)
+    q, k, v = (q, k, v) if ordered is None else ordered
     return hopper_attention(q, k, v, indices, counts, order, block_q, block_k, scale)
 
 
@@ -248,6 +282,9 @@ def _(
     backend: str,
     skipped: str = "drop",
     pv_threshold: float | None = None,
+    q_ordered: Tensor | None = None,
+    k_ordered: Tensor | None = None,
+    v_ordered: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, seq_q, head_size = q.shape
     out = rearrange(q.new_empty(batch, seq_q, heads, head_size), "b s h d -> b h s d")

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from sparse_dit.kernels.backends import CUDA_DTYPES
@@ -63,6 +62,15 @@ def order_with_means(
 
         moved, q_means, k_means = triton_order_with_means(q, k, v, q_order, k_order, units, parts=parts)
         return Ordered(*moved), q_means, k_means
-    tokens = Ordered(gather_tokens(q, q_order), gather_tokens(k, k_order), gather_tokens(v, k_order))
+    tokens = in_order(q, k, v, q_order, k_order)
     means = part_means if parts else block_means
     return tokens, means(tokens.q, units[0]), means(tokens.k, units[1])
+
+
+def in_order(q: Tensor, k: Tensor, v: Tensor, q_order: Tensor, k_order: Tensor) -> Ordered:
+    """q, k and v in their orders; arguments as `order_with_means`, taken on trust."""
+    if q.is_cuda:
+        from sparse_dit.kernels.gather_triton import triton_gather
+
+        return Ordered(*triton_gather((q,), q_order), *triton_gather((k, v), k_order))
+    return Ordered(gather_tokens(q, q_order), gather_tokens(k, k_order), gather_tokens(v, k_order))

@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 from einops import rearrange
 
-from sparse_dit.kernels.gather import gather_tokens, scatter_tokens
+from sparse_dit.kernels.gather import scatter_tokens
 from sparse_dit.kernels.ops import block_sparse_attention
+from sparse_dit.kernels.ordered import in_order
 from sparse_dit.orders import Clusters, Rows
 from sparse_dit.selection import Call, Chosen, Dynamic
 
@@ -57,15 +58,19 @@ def attend_chosen(
         block_sparse_attention, scale=scale, precision=precision, skipped=skipped, pv_threshold=pv_threshold
     )
     if chosen.key_table is None:
-        return attend(q, k, v, chosen.blocks, order=chosen.table)
+        return attend(q, k, v, chosen.blocks, order=chosen.table, ordered=chosen.ordered)
     assert chosen.table is not None
     batch = q.shape[0]
     q, k, v = (_folded(x) for x in (q, k, v))
-    k, v = (gather_tokens(x, chosen.key_table) for x in (k, v))
-    done = attend(gather_tokens(q, chosen.table), k, v, chosen.blocks)
-    out, lse = (
-        rearrange(scatter_tokens(x, chosen.table, torch.empty_like(x)), "1 (b h) ... -> b h ...", b=batch) for x in done
-    )
+    ordered = chosen.ordered or in_order(q, k, v, chosen.table, chosen.key_table)
+    if skipped == "drop":
+        done = attend(q, k, v, chosen.blocks, order=chosen.table, ordered=ordered)
+    else:
+        # Summaries are made of keys in the order of the queries.
+        found = attend(*ordered, chosen.blocks)
+        done = found[0].new_empty(found[0].shape), torch.empty_like(found[1])
+        done = scatter_tokens(found[0], chosen.table, done[0]), scatter_tokens(found[1], chosen.table, done[1])
+    out, lse = (rearrange(x, "1 (b h) ... -> b h ...", b=batch) for x in done)
     return out, lse
 
 
@@ -90,18 +95,18 @@ def choose_clustered(
         refresh: whether to cluster and choose anew, instead of what was kept at the last refresh.
         keeps: whether to keep what was chosen (`Schedule.keeps`).
     """
-    call = replace(call, orders=(Rows(),), tables=(None,))
+    call = replace(call, orders=(Rows(),))
     if not refresh:
         tables = call.slot["q_order"].long(), call.slot["k_order"].long()
         return selection.recall(call)._replace(table=tables[0], key_table=tables[1])
     tables = order.tables(q, k, call.layout, call.slot)
-    q, k = (gather_tokens(_folded(x), table) for x, table in zip((q, k), tables, strict=True))
-    chosen = selection.choose(q, k, k, call)  # by queries and keys alone: values are not brought into their order
+    call = replace(call, tables=tables[:1], key_table=tables[1])
+    chosen = selection.choose(_folded(q), _folded(k), _folded(v), call)
     assert chosen is not None
     if keeps:
         selection.keep(chosen, call)
         call.slot["q_order"], call.slot["k_order"] = (table.int() for table in tables)
-    return chosen._replace(table=tables[0], key_table=tables[1])
+    return chosen
 
 
 def _folded(x: torch.Tensor) -> torch.Tensor:

@@ -207,6 +207,7 @@ def describe(
         slot=slot,
         heads=spread,
         forced=_forced(layout, recipe.block_q, recipe.block_k, q.device),
+        brings=recipe.precision == "native",
     )
 
 

@@ -10,6 +10,9 @@ import torch
 
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import lists_to_mask, mask_to_lists, pack_bits, unpack_bits
+from sparse_dit.kernels.ordered import Ordered, order_with_means
+from sparse_dit.kernels.pool import block_means
+from sparse_dit.kernels.scores import part_means
 from sparse_dit.layout import TokenLayout, text_blocks
 from sparse_dit.orders import Order
 from sparse_dit.parallel import ALL_HERE, Heads
@@ -34,6 +37,9 @@ class Call:
         forced: bool [1, 1, QB, KB] on q's device, blocks that are computed whatever is chosen: all with text in them,
             of queries or of keys; `None` when there is no text.
         heads: which of the layer's heads the call has.
+        key_table: the order of keys and values where they have another one than queries, whose is `table` then.
+        brings: whether a selection that pools q and k in an order should bring q, k and v into it in the same pass
+            (`Chosen.ordered`), as attention in native precision wants them.
     """
 
     layout: TokenLayout
@@ -47,6 +53,8 @@ class Call:
     slot: MutableMapping[str, torch.Tensor]
     forced: torch.Tensor | None = None
     heads: Heads = ALL_HERE
+    key_table: torch.Tensor | None = None
+    brings: bool = False
 
     @property
     def table(self) -> torch.Tensor | None:
@@ -63,6 +71,26 @@ class Call:
         """KB, blocks of keys."""
         return -(-self.layout.length // self.block_k)
 
+    def means(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, units: tuple[int, int], *, parts: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, Ordered | None]:
+        """Means of runs of tokens in the order of the blocks.
+
+        Args:
+            q, k, v: [B, H, S, D] in the model's own token order.
+            units: tokens of a run of queries and of keys.
+            parts: whether runs are parts of blocks (`scores.part_means`), else blocks (`pool.block_means`).
+
+        Returns:
+            The means of queries and of keys; and q, k and v in the order, where the call `brings` them into one.
+        """
+        keys = self.table if self.key_table is None else self.key_table
+        if self.brings and self.table is not None and keys is not None:
+            ordered, q_means, k_means = order_with_means(q, k, v, self.table, keys, units, parts=parts)
+            return q_means, k_means, ordered
+        means = part_means if parts else block_means
+        return means(q, units[0], order=self.table), means(k, units[1], order=keys), None
+
 
 class Chosen(NamedTuple):
     """What a call computes.
@@ -74,12 +102,14 @@ class Chosen(NamedTuple):
             that shape, too, and the block list is of one batch entry with B * H heads.
         heads: int64 [n] on q's device, ascending: the heads that are computed, to which the block list and `table`
             belong; the output of the others is zero. `None` is all of them.
+        ordered: q, k and v in these orders, where choosing has brought them into it; for the same call alone.
     """
 
     blocks: BlockList
     table: torch.Tensor | None
     key_table: torch.Tensor | None = None
     heads: torch.Tensor | None = None
+    ordered: Ordered | None = None
 
 
 class Dynamic(ABC):

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from sparse_dit.kernels.lists import mask_to_lists
-from sparse_dit.kernels.pool import block_means
 from sparse_dit.layout import TokenLayout, block_spans, text_blocks
 from sparse_dit.orders import Order, Tiles
 from sparse_dit.selection.dynamic import Call, Chosen, Dynamic
@@ -76,9 +75,8 @@ class Gate(Dynamic):
         [order] = call.orders
         assert isinstance(order, Tiles)
         cut = _partition(order, call.layout, call.block_q, call.block_k, q.device)
-        q_means = block_means(q, call.block_q, order=call.table).index_select(2, cut.rows)
-        k_means = block_means(k, call.block_k, order=call.table)
-        gates = q_means @ (cut.weight @ k_means).mT
+        q_means, k_means, ordered = call.means(q, k, v, (call.block_q, call.block_k))
+        gates = q_means.index_select(2, cut.rows) @ (cut.weight @ k_means).mT
         if self.pool == "all":
             taken = call.heads.own(self.take(call.heads.gather(gates, axis=1), cut.own), q.shape[1], axis=1)
         else:
@@ -88,7 +86,8 @@ class Gate(Dynamic):
         mask = mask.index_copy_(2, cut.rows, taken.index_select(3, cut.chunk)) | cut.touching
         if call.forced is not None:
             mask = mask | call.forced
-        return Chosen(mask_to_lists(mask, call.block_q, call.block_k, capacity=call.k_blocks), call.table)
+        blocks = mask_to_lists(mask, call.block_q, call.block_k, capacity=call.k_blocks)
+        return Chosen(blocks, call.table, ordered=ordered)
 
     def take(self, gates: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """Which chunks are taken.

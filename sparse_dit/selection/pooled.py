@@ -15,8 +15,9 @@ import torch
 
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import PER, threshold_lists, top_k_lists, top_p_lists
-from sparse_dit.kernels.pool import block_means, block_similarity
-from sparse_dit.kernels.scores import REDUCTIONS, part_means, part_scores
+from sparse_dit.kernels.ordered import Ordered
+from sparse_dit.kernels.pool import block_similarity
+from sparse_dit.kernels.scores import REDUCTIONS, part_scores
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Order
 from sparse_dit.selection.budgets import RICH_ABOVE, SPREADS, by_gain, by_recall
@@ -103,7 +104,7 @@ class Pooled(Dynamic):
 
     def choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Chosen:
         """See `Dynamic.choose`."""
-        scores, forced = self._scores(q, k, call)
+        scores, forced, ordered = self._scores(q, k, v, call)
         if self.sink:
             first = torch.zeros(1, 1, 1, call.k_blocks, dtype=torch.bool, device=q.device)
             first[..., 0] = True
@@ -112,7 +113,7 @@ class Pooled(Dynamic):
             total = call.heads.total(q.shape[1])
             near = _adjacent_blocks(call.orders[0], call.layout, total, call.block_q, call.block_k, scores.device)
             forced = _joined(forced, call.heads.own(near, q.shape[1], axis=1))
-        return Chosen(self._lists(scores, forced, call), call.table)
+        return Chosen(self._lists(scores, forced, call), call.table, call.key_table, ordered=ordered)
 
     def expected_density(self, layout: TokenLayout, block_q: int, block_k: int) -> float | None:
         """See `Dynamic.expected_density`; known when `density` alone decides."""
@@ -120,21 +121,23 @@ class Pooled(Dynamic):
             return None
         return density_of_share(self.density, layout, block_q, block_k)
 
-    def _scores(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scores fp32 [B, H, QB, KB], and the blocks that are forced so far."""
-        if self.similarity is None and self.sub_block is None:
-            q_means = block_means(q, call.block_q, order=call.table)
-            k_means = block_means(k, call.block_k, order=call.table)
-            return call.scale * q_means @ k_means.mT, call.forced
-        forced, alike = call.forced, None
+    def _scores(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Ordered | None]:
+        """Scores fp32 [B, H, QB, KB], the blocks that are forced so far, and what was brought into the order."""
+        forced, alike, ordered = call.forced, None, None
         if self.similarity is not None:
             smooth = k.mean(dim=2, dtype=torch.float32)
+            keys = call.table if call.key_table is None else call.key_table
             q_means, q_alike = block_similarity(q, call.block_q, order=call.table)
-            k_means, k_alike = block_similarity(k, call.block_k, order=call.table, subtract=smooth)
+            k_means, k_alike = block_similarity(k, call.block_k, order=keys, subtract=smooth)
             alike = (k_alike > self.similarity)[..., None, :]
             forced = _joined(forced, ~alike | ~(q_alike > self.similarity)[..., None])
+        elif self.sub_block is None:
+            q_means, k_means, ordered = call.means(q, k, v, (call.block_q, call.block_k))
         if self.sub_block is not None:
-            q_parts, k_parts = (part_means(x, self.sub_block, order=call.table) for x in (q, k))
+            units = (self.sub_block, self.sub_block)
+            q_parts, k_parts, ordered = call.means(q, k, v, units, parts=True)
             per_q, per_k = call.block_q // self.sub_block, call.block_k // self.sub_block
             scores = part_scores(q_parts, k_parts, per_q, per_k, scale=call.scale, reduction=self.reduction)
         else:
@@ -142,7 +145,7 @@ class Pooled(Dynamic):
         if alike is not None and self.tau is None:
             # Not -inf: a softmax over nothing else would be NaN. All of those blocks are forced then.
             scores = scores.masked_fill(~alike, torch.finfo(scores.dtype).min)
-        return scores, forced
+        return scores, forced, ordered
 
     def _lists(self, scores: torch.Tensor, forced: torch.Tensor | None, call: Call) -> BlockList:
         sizes = {"block_q": call.block_q, "block_k": call.block_k}

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_dit.kernels.blocks import BlockList
+from sparse_dit.kernels.gather import gather_tokens
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import PRECISIONS, block_sparse_attention
 
@@ -35,6 +36,9 @@ def test_opcheck(qkv, random_mask, order, backend, precision, seq, orders):
     lists = mask_to_lists(random_mask(1, 2, 2, 2), 64, 64)
     arguments = (q, k, v, lists.indices, lists.counts, order, 64, 64, 0.125, precision, backend)
     torch.library.opcheck(torch.ops.sparse_dit.block_sparse_attention.default, arguments)
+    if order is not None:
+        ordered = [gather_tokens(x, order) for x in (q, k, v)]
+        torch.library.opcheck(torch.ops.sparse_dit.block_sparse_attention.default, (*arguments, "drop", None, *ordered))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -92,6 +96,35 @@ def test_native_order_is_a_gather_before_and_a_scatter_behind(qkv, random_mask, 
         torch.testing.assert_close(out[:, head : head + 1, ids], expected_out)
         torch.testing.assert_close(lse[:, head : head + 1, ids], expected_lse)
     assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision"), [("host", "native"), ("triton", "native"), ("host", "int8"), ("triton", "int8")]
+)
+@pytest.mark.parametrize("orders", [1, 2])
+def test_tensors_in_order_already_are_taken_as_they_are(qkv, random_mask, order, orders, backend, precision):
+    """With keys in an order of their own, too: blocks of keys hold what that puts there."""
+    q, k, v = qkv(2, 2, 100, 64)
+    lists = mask_to_lists(random_mask(1, 2, 4, 2), 32, 64)
+    q_order, k_order = order(2, 100)[:orders], order(4, 100)[2 : 2 + orders]
+    options = {"backend": backend, "precision": precision}
+    tokens = [gather_tokens(x, by) for x, by in ((q, q_order), (k, k_order), (v, k_order))]
+    out, lse = block_sparse_attention(q, k, v, lists, order=q_order, ordered=tokens, **options)
+    expected_out, expected_lse = block_sparse_attention(*tokens, lists, **options)
+    torch.testing.assert_close(gather_tokens(out, q_order), expected_out)
+    torch.testing.assert_close(gather_tokens(lse, q_order), expected_lse)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_tensors_in_order_that_do_not_fit_are_refused(qkv, random_mask, order):
+    q, k, v = qkv(1, 2, 100, 16)
+    lists = mask_to_lists(random_mask(1, 2, 2, 2), 64, 64)
+    with pytest.raises(ValueError, match=r"^ordered: given without an order; valid: None, or q, k and v in the order"):
+        block_sparse_attention(q, k, v, lists, ordered=(q, k, v))
+    with pytest.raises(ValueError, match=r"^ordered: 2 tensors, torch.float32 .*; valid: q, k and v, torch.float32"):
+        block_sparse_attention(q, k, v, lists, order=order(1, 100), ordered=(k, v))
+    with pytest.raises(ValueError, match=r"^ordered: 3 tensors, torch.float32 \[1, 2, 99, 16\]"):
+        block_sparse_attention(q, k, v, lists, order=order(1, 100), ordered=(q, k[:, :, 1:], v))
 
 
 def test_importing_the_door_loads_torch_alone():

@@ -74,11 +74,11 @@ def test_bad_arguments_are_refused() -> None:
     q, order = torch.zeros(1, 2, 9, 16), torch.arange(9)[None]
     with pytest.raises(ValueError, match=r"^k: torch.float32 \[1, 2, 8, 16\] on cpu; valid: torch.float32 \[1, 2, 9"):
         order_with_means(q, q[:, :, :8], q, order, order, (4, 4), parts=False)
-    with pytest.raises(ValueError, match="^block: 0; valid: at least 1 token"):
+    with pytest.raises(ValueError, match=r"^block: 0; valid: at least 1 token"):
         order_with_means(q, q, q, order, order, (4, 0), parts=False)
     with pytest.raises(ValueError, match=r"^order: torch.int64 \[3, 9\]; valid: torch.int64 \[1 or 2"):
         order_with_means(q, q, q, order, order.expand(3, -1), (4, 4), parts=False)
-    with pytest.raises(ValueError, match="^order: for 8 tokens; valid: 9, as many as q has"):
+    with pytest.raises(ValueError, match=r"^order: for 8 tokens; valid: 9, as many as q has"):
         order_with_means(q, q, q, order[:, :8], order, (4, 4), parts=False)
 
 

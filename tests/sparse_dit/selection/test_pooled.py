@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from sparse_dit.kernels.gather import gather_tokens
 from sparse_dit.kernels.lists import lists_to_mask
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Hilbert, Tiles
-from sparse_dit.selection import Call, Pooled
+from sparse_dit.selection import Call, Dynamic, Gate, Pooled
 
 LAYOUT = TokenLayout((3, 6, 10))  # 180 tokens: 11 blocks of 16 and a short one
 TEXT = TokenLayout((3, 6, 10), text_before=3, text_after=20)
@@ -232,3 +233,30 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
     with pytest.raises(ValueError, match=r"^selection") as caught:
         Pooled(**settings)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [Pooled(), Pooled(per="head"), Pooled(sub_block=4, reduction="logsumexp"), Pooled(top_p=0.5), Gate()],
+    ids=str,
+)
+def test_what_choosing_brings_into_the_order_is_in_it_and_changes_no_choice(
+    selection: Dynamic, call_for: CallFor
+) -> None:
+    q, k, v = qk(LAYOUT)
+    call = call_for(LAYOUT, order=Tiles((1, 4, 4)), selection=selection)
+    apart, brought = selection.choose(q, k, v, call), selection.choose(q, k, v, replace(call, brings=True))
+    assert apart is not None
+    assert brought is not None
+    assert torch.equal(lists_to_mask(apart.blocks, call.k_blocks), lists_to_mask(brought.blocks, call.k_blocks))
+    assert apart.ordered is None
+    assert brought.ordered is not None
+    for found, x in zip(brought.ordered, (q, k, v), strict=True):
+        assert torch.equal(found, gather_tokens(x, call.table))
+
+
+def test_nothing_is_brought_where_tokens_stay_or_similarity_is_judged(call_for: CallFor) -> None:
+    q, k, v = qk(LAYOUT)
+    for selection, order in ((Pooled(), None), (Pooled(similarity=0.5), Tiles((1, 4, 4)))):
+        call = call_for(LAYOUT, order=order, brings=True)
+        assert selection.choose(q, k, v, call).ordered is None
