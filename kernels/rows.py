@@ -1,4 +1,4 @@
-"""Attention of a few query rows, over all keys and under several masks at once."""
+"""Attention of a few query rows: how far it is, under several bands of keys, from that over all keys."""
 
 import torch
 from torch import Tensor
@@ -6,64 +6,88 @@ from torch import Tensor
 from sparse_dit.kernels.backends import CUDA_DTYPES
 from sparse_dit.kernels.ops import DTYPES
 
-# Sums of 64 rows of 256 channels do not fit a program's registers.
+# The sums of 64 rows of 256 channels do not fit a program's registers.
 HEAD_SIZES = (64, 72, 88, 96, 128)
 # Scores of rows held at once by the torch path.
 SCORES = 2**26
 
 
-def rows_under_masks(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, *, scale: float) -> Tensor:
-    """What a few queries get from all keys, and from those that each mask leaves.
+def band_errors(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, own: Tensor, keys: Tensor, reach: int, *, scale: float
+) -> Tensor:
+    """Squared distance of what a few queries get from the keys of a band from what they get from all keys.
 
-    out[0] is softmax attention of the rows over all keys, out[1 + n] that over the keys of mask n: what head typing by
-    sampled rows compares (Sparse VideoGen, arXiv 2502.01776). One pass over k and v for all of them. Floor: the bytes
-    of k and v once.
+    error_m = sum over rows and channels of (out_m - out)^2, out softmax attention over all keys, out_m that over the
+    keys that band m leaves: what head typing by sampled rows compares (Sparse VideoGen, arXiv 2502.01776). Tokens have
+    a unit for each band; a row sees the keys less than `reach` units away, and what a unit of -1 says.
+
+    One pass over k and v for all bands. Floor: the bytes of k and v once.
 
     Args:
-        q: the rows [B, H, R, D], fp16, bf16 or fp32.
-        k, v: [B, H, S, D], like q, any strides.
-        masks: bool [M, R, S], true where a row sees a key; each row sees at least one in each.
+        q, k, v: [B, H, S, D], fp16, bf16 or fp32, any strides.
+        rows: int64 [R], ids of the queries; they may repeat.
+        own: int32 [M, S], the units of tokens as queries; a query of unit -1 sees every key.
+        keys: int32 [M, S], the units of tokens as keys; a key of unit -1 is seen by every query.
+        reach: units, 0 or more. Where a band leaves a row no key, it gets zeros.
         scale: factor on the scores.
 
     Returns:
-        fp32 [M + 1, B, H, R, D].
+        fp32 [M, B, H].
 
     Raises:
         ValueError: an argument is not as above.
     """
-    _check(q, k, v, masks)
-    if q.is_cuda and q.dtype in CUDA_DTYPES and q.shape[-1] in HEAD_SIZES:
-        from sparse_dit.kernels.rows_triton import triton_rows
+    _check(q, k, v, rows, own, keys, reach)
+    if q.is_cuda and q.dtype in CUDA_DTYPES and q.shape[-1] in HEAD_SIZES and len(own) == 2:
+        from sparse_dit.kernels.rows_triton import triton_band_errors
 
-        return triton_rows(q, k, v, masks, scale)
-    return torch_rows(q, k, v, masks, scale)
+        return triton_band_errors(q, k, v, rows, own, keys, reach, scale)
+    whole, *left = torch_rows(q[:, :, rows], k, v, seen_keys(own[:, rows], keys, reach), scale)
+    return torch.stack([(out - whole).square().sum(dim=(-2, -1)) for out in left])
+
+
+def seen_keys(own: Tensor, keys: Tensor, reach: int) -> Tensor:
+    """Which keys queries see under each band, bool [M, R, S], by their units [M, R] and [M, S]; see `band_errors`."""
+    near = (own[..., None] - keys[:, None]).abs() < reach
+    return near | (own < 0)[..., None] | (keys < 0)[:, None]
 
 
 def torch_rows(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, scale: float) -> Tensor:
-    """The contract of `rows_under_masks`, some heads at a time; arguments already checked."""
+    """Attention of rows q [B, H, R, D] over all keys, and over those that masks bool [M, R, S] leave.
+
+    Some heads at a time; zeros where a mask leaves nothing. Returns fp32 [1 + M, B, H, R, D].
+    """
     heads = max(1, SCORES // (q.shape[0] * q.shape[2] * k.shape[2]))
     found = []
     for some_q, some_k, some_v in zip(*(torch.split(x, heads, dim=1) for x in (q, k, v)), strict=True):
         scores, values = scale * some_q.float() @ some_k.float().mT, some_v.float()
         outs = [scores.softmax(dim=-1) @ values]
-        outs += [scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ values for mask in masks]
+        outs += [scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).nan_to_num() @ values for mask in masks]
         found.append(torch.stack(outs))
     return torch.cat(found, dim=2)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, masks: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, own: Tensor, keys: Tensor, reach: int) -> None:
     if q.dtype not in DTYPES or q.ndim != 4 or 0 in q.shape:
         raise ValueError(
-            f"q: {q.dtype} {list(q.shape)}; valid: a non-empty [B, H, R, D] of {', '.join(map(str, DTYPES))}"
+            f"q: {q.dtype} {list(q.shape)}; valid: a non-empty [B, H, S, D] of {', '.join(map(str, DTYPES))}"
         )
     for name, x in (("k", k), ("v", v)):
-        fits = x.ndim == 4 and x.shape == k.shape and (x.shape[:2], x.shape[3]) == (q.shape[:2], q.shape[3])
-        if not fits or x.dtype != q.dtype or x.device != q.device:
+        if (x.shape, x.dtype, x.device) != (q.shape, q.dtype, q.device):
             raise ValueError(
-                f"{name}: {x.dtype} {list(x.shape)} on {x.device}; valid: {q.dtype} [{q.shape[0]}, {q.shape[1]}, "
-                f"tokens, {q.shape[3]}] on {q.device}, like q"
+                f"{name}: {x.dtype} {list(x.shape)} on {x.device}; valid: {q.dtype} {list(q.shape)} on {q.device}, "
+                "like q"
             )
-    if masks.dtype is not torch.bool or masks.ndim != 3 or masks.shape[1:] != (q.shape[2], k.shape[2]):
+    if rows.dtype is not torch.int64 or rows.ndim != 1 or len(rows) == 0 or rows.device != q.device:
         raise ValueError(
-            f"masks: {masks.dtype} {list(masks.shape)}; valid: bool [masks, {q.shape[2]}, {k.shape[2]}], by q and k"
+            f"rows: {rows.dtype} {list(rows.shape)} on {rows.device}; valid: torch.int64 [rows], not empty, "
+            f"on {q.device}"
         )
+    for name, units in (("own", own), ("keys", keys)):
+        if units.dtype is not torch.int32 or units.shape != (len(own), q.shape[2]) or units.device != q.device:
+            raise ValueError(
+                f"{name}: {units.dtype} {list(units.shape)} on {units.device}; valid: torch.int32 "
+                f"[bands, {q.shape[2]}] on {q.device}, alike for queries and keys"
+            )
+    if reach < 0:
+        raise ValueError(f"reach: {reach}; valid: 0 or more units")

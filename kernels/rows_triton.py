@@ -1,4 +1,4 @@
-"""Triton: attention of a few query rows under several masks, keys split among programs.
+"""Triton: attention of a few query rows over all keys and under two bands of them, keys split among programs.
 
 Names as in `attention`: `i_` program index, `p_` pointer, `o_` offsets, `m_` mask, `b_` values on chip.
 """
@@ -14,10 +14,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, TILE = 64, 64
-WARPS, STAGES = 8, 2
-PROGRAMS = 512  # that a launch aims at, whatever the GPU: enough for four on each multiprocessor of the largest
-MASKED = -1e30  # finite, so that a tile without a key of a mask leaves no NaN
+from sparse_dit.kernels.pieces import aligned, pieces
+
+ROWS, TILE = 64, 32  # three sums of 64 rows take 192 registers a thread: a larger tile spills
+WARPS, STAGES = 4, 3
+SPANS = 64  # of the keys of a head at most, so that a program of the merge holds them all at once
+PROGRAMS = 264  # that a launch aims at, whatever the GPU: two on each multiprocessor of the largest
+
+
+@triton.jit
+def _added(b_weight, b_v, b_decay, b_sum, b_out, PRECISION: tl.constexpr):
+    """Sums of weights and of weighed values with those of one more tile."""
+    b_out = tl.dot(b_weight.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision=PRECISION)
+    return b_sum * b_decay + tl.sum(b_weight, 1), b_out
+
+
+@triton.jit
+def _seen(b_own, b_key, reach):
+    """Which keys of a tile rows see by their units."""
+    b_away = tl.abs(b_own[:, None] - b_key[None, :])
+    return (b_away < reach) | (b_own < 0)[:, None] | (b_key < 0)[None, :]
+
+
+@triton.jit
+def _keep(p_out, p_sum, o_part, b_out, b_sum, m_r, HEAD_SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    o_d = tl.arange(0, COLUMNS)
+    tl.store(p_sum + o_part, b_sum, mask=m_r)
+    m_out = m_r[:, None] & (o_d < HEAD_SIZE)[None, :]
+    tl.store(p_out + o_part[:, None] * HEAD_SIZE + o_d[None, :], b_out, mask=m_out)
 
 
 @triton.jit
@@ -25,107 +49,146 @@ def rows_kernel(
     p_q,
     p_k,
     p_v,
-    p_masks,
+    p_rows,
+    p_own,
+    p_keys,
     p_out,
     p_max,
     p_sum,
     scale,
+    reach,
+    q_batch,
+    q_head,
+    q_token,
     k_batch,
     k_head,
     k_token,
     v_batch,
     v_head,
     v_token,
-    mask_row,
     heads,
     rows,
-    keys,
+    seq,
     span,
     HEAD_SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One span of keys of one head under one mask: sums, their maximum and their weight.
+    """Over one span of keys of one head: weighed values and weights [3, batch and head, span, row], and the maximum.
 
-    The masks of a span are worked on by neighbouring programs, so that k and v come from memory once.
+    The whole and both bands share scores and weights: those of a band are zero elsewhere. So they are rounded beside
+    the largest of the row, not of the band. Strides are in PIECE elements as in `attention`.
     """
-    i_mask, i_span, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    PIECE: tl.constexpr = 128 // p_q.dtype.element_ty.primitive_bitwidth
+    i_span, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
     o_r, o_d = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     m_r, m_d = o_r < rows, o_d < HEAD_SIZE
-    o_q = (i_bh.to(tl.int64) * rows + o_r)[:, None] * HEAD_SIZE + o_d[None, :]
-    b_q = tl.load(p_q + o_q, mask=m_r[:, None] & m_d[None, :], other=0.0)
-    p_k += i_b * k_batch + i_h * k_head
-    p_v += i_b * v_batch + i_h * v_head
-    p_masks += i_mask.to(tl.int64) * rows * mask_row
-    b_max = tl.full([ROWS], MASKED, tl.float32)
+    o_row = tl.load(p_rows + o_r, mask=m_r, other=0)
+    b_near, b_far = tl.load(p_own + o_row), tl.load(p_own + seq + o_row)
+    p_q += (i_b * q_batch + i_h * q_head + o_row[:, None] * q_token) * PIECE
+    b_q = tl.load(p_q + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0)
+    p_k += (i_b * k_batch + i_h * k_head) * PIECE
+    p_v += (i_b * v_batch + i_h * v_head) * PIECE
+    b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     b_out = tl.zeros([ROWS, COLUMNS], tl.float32)
+    b_sum_near, b_out_near, b_sum_far, b_out_far = b_sum, b_out, b_sum, b_out
     first = i_span * span
-    for start in range(first, tl.minimum(first + span, keys), TILE):
+    for start in range(first, tl.minimum(first + span, seq), TILE):
         o_s = start + tl.arange(0, TILE)
-        m_s = o_s < keys
-        o_k = o_s.to(tl.int64)
+        m_s = o_s < seq
+        o_k = o_s.to(tl.int64) * PIECE
         b_k = tl.load(p_k + o_k[None, :] * k_token + o_d[:, None], mask=m_s[None, :] & m_d[:, None], other=0.0)
-        m_seen = m_r[:, None] & m_s[None, :]
-        m_seen = tl.load(p_masks + o_r[:, None].to(tl.int64) * mask_row + o_s[None, :], mask=m_seen, other=0) != 0
-        b_score = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
-        b_score = tl.where(m_seen, b_score, MASKED)
-        b_new = tl.maximum(b_max, tl.max(b_score, 1))
-        b_weight = tl.where(m_seen, tl.exp2(b_score - b_new[:, None]), 0.0)
-        b_decay = tl.exp2(b_max - b_new)
-        b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
         b_v = tl.load(p_v + o_k[:, None] * v_token + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
-        b_out = b_out * b_decay[:, None] + tl.dot(b_weight.to(b_v.dtype), b_v, input_precision=PRECISION)
+        b_score = tl.where(m_s[None, :], tl.dot(b_q, b_k, input_precision=PRECISION) * scale, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_score, 1))
+        b_weight = tl.exp2(b_score - b_new[:, None])
+        b_decay = tl.exp2(b_max - b_new)
         b_max = b_new
-    # [mask, span, head of a batch entry, row]
-    o_part = ((i_mask * tl.num_programs(1) + i_span).to(tl.int64) * tl.num_programs(2) + i_bh) * rows + o_r
+        b_sum, b_out = _added(b_weight, b_v, b_decay, b_sum, b_out, PRECISION)
+        m_seen = _seen(b_near, tl.load(p_keys + o_s, mask=m_s, other=0), reach)
+        b_part = tl.where(m_seen, b_weight, 0.0)
+        b_sum_near, b_out_near = _added(b_part, b_v, b_decay, b_sum_near, b_out_near, PRECISION)
+        m_seen = _seen(b_far, tl.load(p_keys + seq + o_s, mask=m_s, other=0), reach)
+        b_part = tl.where(m_seen, b_weight, 0.0)
+        b_sum_far, b_out_far = _added(b_part, b_v, b_decay, b_sum_far, b_out_far, PRECISION)
+    o_part = (i_bh.to(tl.int64) * tl.num_programs(0) + i_span) * rows + o_r
+    parts = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * rows
     tl.store(p_max + o_part, b_max, mask=m_r)
-    tl.store(p_sum + o_part, b_sum, mask=m_r)
-    tl.store(p_out + o_part[:, None] * HEAD_SIZE + o_d[None, :], b_out, mask=m_r[:, None] & m_d[None, :])
+    _keep(p_out, p_sum, o_part, b_out, b_sum, m_r, HEAD_SIZE, COLUMNS)
+    _keep(p_out, p_sum, o_part + parts, b_out_near, b_sum_near, m_r, HEAD_SIZE, COLUMNS)
+    _keep(p_out, p_sum, o_part + 2 * parts, b_out_far, b_sum_far, m_r, HEAD_SIZE, COLUMNS)
+
+
+@triton.jit
+def _merged(p_out, p_sum, o_part, b_share, m_span, HEAD_SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Attention of one row from its spans, [COLUMNS]; zeros where no weight is left."""
+    o_d = tl.arange(0, COLUMNS)
+    b_sum = tl.sum(tl.load(p_sum + o_part, mask=m_span, other=0.0) * b_share, 0)
+    m_out = m_span[:, None] & (o_d < HEAD_SIZE)[None, :]
+    b_out = tl.load(p_out + o_part[:, None] * HEAD_SIZE + o_d[None, :], mask=m_out, other=0.0)
+    return tl.sum(b_out * b_share[:, None], 0) / tl.where(b_sum > 0, b_sum, 1.0)
+
+
+@triton.jit
+def rows_error_kernel(
+    p_out, p_max, p_sum, p_error, rows, spans, HEAD_SIZE: tl.constexpr, COLUMNS: tl.constexpr, SPANS: tl.constexpr
+):
+    """Squared distance of one row under each band from the whole, [band, batch and head, row]."""
+    i_r, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_span = tl.arange(0, SPANS)
+    m_span = o_span < spans
+    o_part = (i_bh * spans + o_span) * rows + i_r
+    parts = tl.num_programs(1).to(tl.int64) * spans * rows
+    b_max = tl.load(p_max + o_part, mask=m_span, other=float("-inf"))
+    b_share = tl.exp2(b_max - tl.max(b_max, 0))
+    b_whole = _merged(p_out, p_sum, o_part, b_share, m_span, HEAD_SIZE, COLUMNS)
+    for band in tl.static_range(2):
+        b_off = _merged(p_out, p_sum, o_part + (band + 1) * parts, b_share, m_span, HEAD_SIZE, COLUMNS) - b_whole
+        o_error = (band * tl.num_programs(1) + i_bh) * rows + i_r
+        tl.store(p_error + o_error, tl.sum(b_off * b_off, 0))
 
 
 def constants(head_size: int, dtype: torch.dtype) -> dict[str, object]:
-    """The kernel's compile-time arguments."""
+    """The compile-time arguments of rows_kernel."""
     return {
         "HEAD_SIZE": head_size,
         "COLUMNS": triton.next_power_of_2(head_size),
         "ROWS": ROWS,
         "TILE": TILE,
-        "MASKED": MASKED,
         "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
     }
 
 
-def triton_rows(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, scale: float) -> Tensor:
-    """The contract of `rows.rows_under_masks`, 64 rows at a time."""
-    if q.shape[2] > ROWS:
-        parts = zip(q.split(ROWS, dim=2), masks.split(ROWS, dim=1), strict=True)
-        return torch.cat([triton_rows(some, k, v, mask, scale) for some, mask in parts], dim=3)
-    # The first mask leaves every key. Rows that begin at multiples of 16 bytes are loaded by the piece.
-    given, q = masks, q.contiguous()
-    masks = given.new_empty(len(given) + 1, *given.shape[1:-1], triton.cdiv(given.shape[-1], 16) * 16)
-    masks[0], masks[1:, :, : given.shape[-1]] = True, given
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    batch, heads, rows, head_size = q.shape
-    keys, count = k.shape[2], len(masks)
-    spans = min(triton.cdiv(keys, TILE), max(1, PROGRAMS // (batch * heads * count)))
-    span = triton.cdiv(triton.cdiv(keys, spans), TILE) * TILE
-    spans = triton.cdiv(keys, span)
-    out = torch.empty(count, spans, batch * heads, rows, head_size, dtype=torch.float32, device=q.device)
-    peak = torch.empty(out.shape[:-1], dtype=torch.float32, device=q.device)
-    weight = torch.empty_like(peak)
+def triton_band_errors(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, own: Tensor, keys: Tensor, reach: int, scale: float
+) -> Tensor:
+    """The contract of `rows.band_errors` for two bands, 64 rows at a time."""
+    if len(rows) > ROWS:
+        parts = [triton_band_errors(q, k, v, some, own, keys, reach, scale) for some in rows.split(ROWS)]
+        return torch.stack(parts).sum(dim=0)
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    own, keys = own.contiguous(), keys.contiguous()
+    batch, heads, seq, head_size = q.shape
+    spans = min(SPANS, triton.cdiv(seq, TILE), max(1, PROGRAMS // (batch * heads)))
+    span = triton.cdiv(triton.cdiv(seq, spans), TILE) * TILE
+    spans = triton.cdiv(seq, span)
+    out = torch.empty(3, batch * heads, spans, len(rows), head_size, dtype=torch.float32, device=q.device)
+    weight = torch.empty(out.shape[:-1], dtype=torch.float32, device=q.device)
+    peak = torch.empty(weight.shape[1:], dtype=torch.float32, device=q.device)
+    error = torch.empty(2, batch, heads, len(rows), dtype=torch.float32, device=q.device)
     fixed = constants(head_size, q.dtype)
     with torch.cuda.device_of(q):
-        rows_kernel[(count, spans, batch * heads)](
-            q, k, v, masks.view(torch.uint8), out, peak, weight, scale * math.log2(math.e),
-            *k.stride()[:3], *v.stride()[:3], masks.stride(1), heads, rows, keys, span, **fixed,
+        rows_kernel[(spans, batch * heads)](
+            q, k, v, rows, own, keys, out, peak, weight, scale * math.log2(math.e), reach,
+            *pieces(q), *pieces(k), *pieces(v), heads, len(rows), seq, span, **fixed,
             num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=True,
         )  # fmt: skip
-    share = (peak - peak.amax(dim=1, keepdim=True)).exp2()
-    total = (weight * share).sum(dim=1)
-    merged = (out * share[..., None]).sum(dim=1) / total[..., None]
-    return merged.view(count, batch, heads, rows, head_size)
+        rows_error_kernel[(len(rows), batch * heads)](
+            out, peak, weight, error, len(rows), spans, HEAD_SIZE=head_size, COLUMNS=fixed["COLUMNS"],
+            SPANS=triton.next_power_of_2(spans), num_warps=4,
+        )  # fmt: skip
+    return error.sum(dim=-1)

@@ -11,6 +11,7 @@ from sparse_dit.kernels.pool import block_means
 
 REDUCTIONS = ("max", "logsumexp")
 PARTS = (1, 2, 4, 8, 16, 32, 64)  # tokens of a part that the kernel of `part_means` takes
+PER_K = (1, 2, 4, 8, 16)  # parts of a key block that the kernel of `part_scores` takes
 # Scores of parts held at once by the torch path.
 SCORES = 2**26
 
@@ -39,7 +40,7 @@ def part_scores(q: Tensor, k: Tensor, per_q: int, per_k: int, *, scale: float, r
         ValueError: an argument is not as above.
     """
     _check(q, k, per_q, per_k, reduction)
-    if q.is_cuda and q.dtype in CUDA_DTYPES and q.shape[-1] in TRITON_HEAD_SIZES:
+    if q.is_cuda and q.dtype in CUDA_DTYPES and q.shape[-1] in TRITON_HEAD_SIZES and per_k in PER_K:
         from sparse_dit.kernels.scores_triton import triton_scores
 
         return triton_scores(q, k, per_q, per_k, scale, reduction)

@@ -17,16 +17,6 @@ from torch import Tensor
 
 
 @triton.jit
-def _product(b_q, m_row, p_k, o_column, k_parts, o_d, scale, HEAD_SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores of parts of queries with some parts of keys; -inf where there is no such part."""
-    m_column = o_column < k_parts
-    m_k = m_column[None, :] & (o_d < HEAD_SIZE)[:, None]
-    b_k = tl.load(p_k + o_column[None, :] * HEAD_SIZE + o_d[:, None], mask=m_k, other=0.0)
-    b_score = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
-    return tl.where(m_row[:, None] & m_column[None, :], b_score, float("-inf"))
-
-
-@triton.jit
 def scores_kernel(
     p_q,
     p_k,
@@ -45,30 +35,36 @@ def scores_kernel(
     MAX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of blocks by blocks: a product of the i-th parts with the j-th parts for each pair (i, j).
+    """One tile of blocks by blocks: for each i a product of the i-th parts of queries with all parts of keys.
 
-    So parts of a block never meet in one product, and reducing them exchanges nothing between threads. The factor on
-    the scores holds log2(e): sums run in base 2. The first part of a block always exists, so its maximum is finite.
+    The parts of the key blocks stay on chip meanwhile, the j-th parts of all blocks behind the (j - 1)-th: parts of a
+    block lie in one thread, so that reducing them exchanges nothing between threads. The factor on the scores holds
+    log2(e): sums run in base 2. The first part of a block always exists, so its maximum is finite.
     """
     i_k, i_q, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     p_q += i_bh * q_parts * HEAD_SIZE
     p_k += i_bh * k_parts * HEAD_SIZE
-    o_q = i_q * TILE_Q + tl.arange(0, TILE_Q)
-    o_k = i_k * TILE_K + tl.arange(0, TILE_K)
+    o_q, o_k = i_q * TILE_Q + tl.arange(0, TILE_Q), i_k * TILE_K + tl.arange(0, TILE_K)
     o_d = tl.arange(0, COLUMNS)
     m_d = o_d < HEAD_SIZE
+    o_column = tl.arange(0, PER_K * TILE_K)
+    o_column = (i_k * TILE_K + o_column % TILE_K) * PER_K + o_column // TILE_K
+    m_k = m_d[:, None] & (o_column < k_parts)[None, :]
+    b_k = tl.load(p_k + o_column[None, :] * HEAD_SIZE + o_d[:, None], mask=m_k, other=0.0)
+    b_beyond = tl.where(o_column < k_parts, 0.0, float("-inf"))
     b_max = tl.full([TILE_Q, TILE_K], float("-inf"), tl.float32)
     b_sum = tl.zeros([TILE_Q, TILE_K], tl.float32)
     for i in range(PER_Q):
         o_row = o_q * PER_Q + i
         m_row = o_row < q_parts
         b_q = tl.load(p_q + o_row[:, None] * HEAD_SIZE + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
-        for j in range(PER_K):
-            b_score = _product(b_q, m_row, p_k, o_k * PER_K + j, k_parts, o_d, scale, HEAD_SIZE, PRECISION)
-            b_new = tl.maximum(b_max, b_score)
-            if not MAX:
-                b_sum = b_sum * tl.exp2(b_max - b_new) + tl.exp2(b_score - b_new)
-            b_max = b_new
+        b_score = tl.dot(b_q, b_k, input_precision=PRECISION) * scale + b_beyond[None, :]
+        b_score += tl.where(m_row, 0.0, float("-inf"))[:, None]
+        b_score = b_score.reshape([TILE_Q, PER_K, TILE_K])
+        b_new = tl.maximum(b_max, tl.max(b_score, 1))
+        if not MAX:
+            b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_score - b_new[:, None, :]), 1)
+        b_max = b_new
     if not MAX:
         b_max = (b_max + tl.log2(b_sum)) * 0.6931471805599453
     o_out = i_bh * q_blocks * k_blocks + o_q[:, None].to(tl.int64) * k_blocks + o_k[None, :]
@@ -123,17 +119,17 @@ def parts_kernel(
 
 @dataclass(frozen=True)
 class Launch:
-    """How the kernel is launched: blocks of queries and of keys a program, warps a program, tiles loaded ahead."""
+    """How the kernel is launched: blocks of queries and parts of keys a program, its warps, tiles loaded ahead."""
 
     tile_q: int
-    tile_k: int
+    columns: int
     num_warps: int
     num_stages: int
 
 
 def launch_for(head_size: int) -> Launch:
-    """Pinned launch settings: a table, no timing. A tile of queries stays while those of keys pass by."""
-    return Launch(tile_q=64, tile_k=64, num_warps=8 if head_size > 128 else 4, num_stages=2)
+    """Pinned launch settings: a table, no timing. Registers bound the parts of keys: with twice as many, sums spill."""
+    return Launch(tile_q=64, columns=64 if head_size > 128 else 128, num_warps=4, num_stages=2)
 
 
 def constants(
@@ -146,7 +142,7 @@ def constants(
         "HEAD_SIZE": head_size,
         "COLUMNS": triton.next_power_of_2(head_size),
         "TILE_Q": launch.tile_q,
-        "TILE_K": launch.tile_k,
+        "TILE_K": launch.columns // per_k,
         "MAX": reduction == "max",
         "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
     }
@@ -155,7 +151,7 @@ def constants(
 def triton_scores(
     q: Tensor, k: Tensor, per_q: int, per_k: int, scale: float, reduction: str, launch: Launch | None = None
 ) -> Tensor:
-    """The contract of `scores.part_scores`."""
+    """The contract of `scores.part_scores` where a key block has one of `scores.PER_K` parts."""
     q, k = q.contiguous(), k.contiguous()
     batch, heads, q_parts, head_size = q.shape
     k_parts = k.shape[2]
@@ -164,7 +160,7 @@ def triton_scores(
     scores = torch.empty(batch, heads, q_blocks, k_blocks, dtype=torch.float32, device=q.device)
     factor = scale if reduction == "max" else scale * math.log2(math.e)
     fixed = constants(head_size, per_q, per_k, launch, reduction=reduction, dtype=q.dtype)
-    grid = (triton.cdiv(k_blocks, launch.tile_k), triton.cdiv(q_blocks, launch.tile_q), batch * heads)
+    grid = (triton.cdiv(k_blocks, launch.columns // per_k), triton.cdiv(q_blocks, launch.tile_q), batch * heads)
     with torch.cuda.device_of(q):
         scores_kernel[grid](
             q, k, scores, factor, q_parts, k_parts, q_blocks, k_blocks, **fixed,

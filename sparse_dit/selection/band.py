@@ -10,13 +10,13 @@ half-width of S * (1 - sqrt(1 - (kept - 2 * ctx / S))) tokens: with it the band 
 text leaves of `kept`. It is rounded to 128 tokens, and the first frame comes on top of it.
 
 Which of the two a head is, SVG finds out by the error of a few sampled rows under two masks of fixed width,
-`profile_rows`.
+`profile_units`.
 """
 
 import bisect
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 
@@ -44,34 +44,45 @@ def half_width(layout: TokenLayout, kept: float, rounding: str = "up") -> int:
     return ROUNDING[rounding](width / ROUNDED_TO) * ROUNDED_TO
 
 
-def profile_rows(
-    layout: TokenLayout, rows: torch.Tensor, time_major: torch.Tensor, *, frames: float = 2.0, sink_frames: int = 1
-) -> torch.Tensor:
-    """Keys that sampled queries see under SVG's two profiling masks, in the model's own order.
+class ProfileUnits(NamedTuple):
+    """SVG's two profiling masks, spatial and temporal, as `kernels.rows.band_errors` takes them.
+
+    Attributes:
+        own: int32 [2, length], the unit of each token as a query; -1 where it sees every key.
+        keys: int32 [2, length], likewise as a key; -1 where every query sees it.
+        reach: a query sees keys less than so many units away.
+    """
+
+    own: torch.Tensor
+    keys: torch.Tensor
+    reach: int
+
+
+def profile_units(
+    layout: TokenLayout, time_major: torch.Tensor, *, frames: float = 2.0, sink_frames: int = 1
+) -> ProfileUnits:
+    """What sampled queries see under SVG's two profiling masks, tokens in the model's own order.
 
     In units of 128 tokens, counted from the first video token, a query sees the units that are less than
     floor(frames * s / 128) away: for the spatial mask as the model flattens the tokens, for the temporal one in the
-    time-major order. These widths are constants, they do not depend on the density.
+    time-major order. These widths are constants, they do not depend on the density. Text queries see everything, all
+    see text, and the sink.
 
     Args:
         layout: the tokens of the call.
-        rows: token ids of the queries, integers [R].
-        time_major: token ids in the time-major order, integers [length], on the device of `rows`.
+        time_major: token ids in the time-major order, integers [length].
         frames: half-width in frames, 2 for Wan and Cosmos, 1.5 for HunyuanVideo.
         sink_frames: first frames of the order that every query sees, 1 for Wan and Cosmos, 0 for HunyuanVideo.
 
     Returns:
-        bool [2, R, length] on the device of `rows`, spatial and temporal; text queries see everything, all see text.
+        The units, on the device of `time_major`.
     """
-    reach = math.floor(frames * layout.frame_tokens / ROUNDED_TO)
-    token = torch.arange(layout.length, device=rows.device)
+    token = torch.arange(layout.length, device=time_major.device)
     position = torch.stack([token, torch.empty_like(token).scatter_(0, time_major, token)]) - layout.text_before
-    unit = (position // ROUNDED_TO).int()
-    own, key = unit[:, rows, None], unit[:, None]
-    near = (key > own - reach) & (key < own + reach)
     is_text = (position[0] < 0) | (position[0] >= layout.video_tokens)
-    sink = position < sink_frames * layout.frame_tokens
-    return near | sink[:, None] | is_text | is_text[rows, None]
+    own = (position // ROUNDED_TO).int().masked_fill(is_text, -1)
+    keys = own.masked_fill(position < sink_frames * layout.frame_tokens, -1)
+    return ProfileUnits(own, keys, math.floor(frames * layout.frame_tokens / ROUNDED_TO))
 
 
 @dataclass(frozen=True)

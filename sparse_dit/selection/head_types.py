@@ -11,10 +11,10 @@ import torch
 
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import mask_to_lists
-from sparse_dit.kernels.rows import rows_under_masks
+from sparse_dit.kernels.rows import band_errors
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Order, Rows, TimeMajor
-from sparse_dit.selection.band import Band, profile_rows
+from sparse_dit.selection.band import Band, ProfileUnits, profile_units
 from sparse_dit.selection.dynamic import Call, Chosen, Dynamic
 from sparse_dit.selection.regions import mask_density
 
@@ -76,15 +76,10 @@ class HeadTypes(Dynamic):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared errors of each head under the spatial and the temporal profiling mask, fp32 [H] each."""
-        _, time_major = call.tables
-        assert time_major is not None
-        # One number for each layer and step; drawn on the host, so that all devices draw the same.
-        generator = torch.Generator().manual_seed(call.layer + 10_007 * call.step)
-        drawn = torch.randint(min(call.layout.length, self.row_limit), (self.rows,), generator=generator).to(q.device)
-        seen = profile_rows(call.layout, drawn, time_major[0], frames=self.profile_frames, sink_frames=self.sink_frames)
-        whole, spatial, temporal = rows_under_masks(q[:, :, drawn], k, v, seen, scale=call.scale)
-        by_spatial, by_temporal = ((out - whole).square().sum(dim=(0, 2, 3)) for out in (spatial, temporal))
-        return by_spatial, by_temporal
+        rows = _drawn(call.layer, call.step, self.rows, min(call.layout.length, self.row_limit), q.device)
+        units = _units(call.layout, call.orders, self.profile_frames, self.sink_frames, q.device)
+        errors = band_errors(q, k, v, rows, *units, scale=call.scale).sum(dim=1)
+        return errors[0], errors[1]
 
     def keep(self, chosen: Chosen, call: Call) -> None:
         """See `Dynamic.keep`: the types alone tell everything."""
@@ -110,9 +105,32 @@ class HeadTypes(Dynamic):
     def _chosen(self, is_temporal: torch.Tensor, call: Call) -> Chosen:
         _, time_major = call.tables
         assert time_major is not None
-        rows = torch.arange(call.layout.length, device=time_major.device)
         blocks = _lists(self.band, call.layout, call.block_q, call.block_k, time_major.device)
-        return Chosen(blocks, torch.where(is_temporal[:, None], time_major, rows))
+        return Chosen(
+            blocks, torch.where(is_temporal[:, None], time_major, _as_they_stand(call.layout, time_major.device))
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _as_they_stand(layout: TokenLayout, device: torch.device) -> torch.Tensor:
+    return torch.arange(layout.length, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def _drawn(layer: int, step: int, rows: int, limit: int, device: torch.device) -> torch.Tensor:
+    """Token ids of the sampled queries, int64 [rows]; drawn on the host, so that all devices draw the same."""
+    generator = torch.Generator().manual_seed(layer + 10_007 * step)  # one number for each layer and step
+    return torch.randint(limit, (rows,), generator=generator).to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _units(
+    layout: TokenLayout, orders: tuple[Order, ...], frames: float, sink_frames: int, device: torch.device
+) -> ProfileUnits:
+    table = orders[1].table(layout, 1)
+    assert table is not None
+    own, keys, reach = profile_units(layout, table[0], frames=frames, sink_frames=sink_frames)
+    return ProfileUnits(own.to(device), keys.to(device), reach)
 
 
 @functools.lru_cache(maxsize=16)

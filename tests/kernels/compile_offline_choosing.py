@@ -18,7 +18,9 @@ POINTERS = {
     "p_q": "*bf16",
     "p_k": "*bf16",
     "p_v": "*bf16",
-    "p_masks": "*u8",
+    "p_rows": "*i64",
+    "p_own": "*i32",
+    "p_keys": "*i32",
     "p_order": "*i64",
     "p_x": "*bf16",
     "p_means": "*bf16",
@@ -46,6 +48,8 @@ def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
     for head_size in ROWS[:last]:
         fixed = rows_triton.constants(head_size, torch.bfloat16)
         yield rows_triton.rows_kernel, fixed, rows_triton.WARPS, rows_triton.STAGES
+        merged = {name: fixed[name] for name in ("HEAD_SIZE", "COLUMNS")} | {"SPANS": rows_triton.SPANS}
+        yield rows_triton.rows_error_kernel, merged, rows_triton.WARPS, 1
 
 
 def main(target_name: str) -> None:

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_dit.kernels.rows import seen_keys
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import TimeMajor
-from sparse_dit.selection.band import Band, half_width, profile_rows
+from sparse_dit.selection.band import Band, half_width, profile_units
 from sparse_dit.selection.regions import distance, mask_density
 
 WAN = TokenLayout((21, 45, 80))
@@ -126,12 +127,17 @@ def slow_profile(layout: TokenLayout, row: int, place: Any, frames: float, sink_
     return seen
 
 
+def profiled(layout: TokenLayout, rows: torch.Tensor, **settings: Any) -> torch.Tensor:
+    own, keys, reach = profile_units(layout, time_major(layout), **settings)
+    return seen_keys(own[:, rows], keys, reach)
+
+
 @pytest.mark.parametrize(("frames", "sink_frames"), [(2.0, 1), (1.5, 0), (3.0, 0)])
 @pytest.mark.parametrize("text", [(0, 0), (0, 19), (19, 0)])
 def test_profiling_masks_are_the_band_in_each_order(frames: float, sink_frames: int, text: tuple[int, int]) -> None:
     layout = TokenLayout((5, 11, 13), *text)
     rows = torch.tensor([0, 5, 140, 400, 401, 700, layout.length - 1])
-    seen = profile_rows(layout, rows, time_major(layout), frames=frames, sink_frames=sink_frames)
+    seen = profiled(layout, rows, frames=frames, sink_frames=sink_frames)
     assert seen.shape == (2, len(rows), layout.length)
     for index, row in enumerate(rows.tolist()):
         assert seen[0, index].tolist() == slow_profile(layout, row, lambda token: token, frames, sink_frames)
@@ -146,7 +152,7 @@ def test_profiling_masks_are_the_band_in_each_order(frames: float, sink_frames: 
 def test_profiling_masks_tell_a_neighbour_in_space_from_one_in_time() -> None:
     layout = TokenLayout((12, 16, 16))
     row = torch.tensor([6 * 256 + 100])
-    seen = profile_rows(layout, row, time_major(layout), frames=1.0)[:, 0]
+    seen = profiled(layout, row, frames=1.0)[:, 0]
     same_frame, same_pixel = 6 * 256 + 200, 11 * 256 + 100
     assert seen[:, same_frame].tolist() == [True, False]
     assert seen[:, same_pixel].tolist() == [False, True]

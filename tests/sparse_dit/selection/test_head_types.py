@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from sparse_dit.kernels.lists import lists_to_mask
+from sparse_dit.kernels.rows import seen_keys
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import TimeMajor
 from sparse_dit.selection import Band, Call, HeadTypes
-from sparse_dit.selection.band import profile_rows
+from sparse_dit.selection.band import profile_units
 
 CallFor = Callable[..., Call]
 LAYOUT = TokenLayout((8, 12, 16))  # 192 tokens a frame: profiling masks of one unit of 128 to either side
@@ -31,8 +32,8 @@ def test_types_are_those_of_the_exact_profile_of_all_rows(call_for: CallFor, pla
     call = call_for(LAYOUT, selection=TYPES, heads=4)
     table = TimeMajor().table(LAYOUT, 4)
     assert table is not None
-    rows = torch.arange(LAYOUT.length)
-    seen = profile_rows(LAYOUT, rows, table[0], frames=1.0, sink_frames=0)
+    own, keys, reach = profile_units(LAYOUT, table[0], frames=1.0, sink_frames=0)
+    seen = seen_keys(own, keys, reach)
     scores = call.scale * q.double() @ k.double().mT
     whole = scores.softmax(dim=-1) @ v.double()
     exact = [
