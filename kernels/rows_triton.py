@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sparse_dit.kernels.pieces import aligned, pieces
 
-ROWS, TILE = 64, 32  # three sums of 64 rows take 192 registers a thread: a larger tile spills
-WARPS, STAGES = 4, 3
+ROWS, TILE, VALUES = 64, 32, 64  # three sums of 64 rows and channels take 96 registers a thread
+WARPS, STAGES = 4, 2
 SPANS = 64  # of the keys of a head at most, so that a program of the merge holds them all at once
-PROGRAMS = 264  # that a launch aims at, whatever the GPU: two on each multiprocessor of the largest
+PROGRAMS = 264  # spans that a launch aims at, whatever the GPU: two on each multiprocessor of the largest
 
 
 @triton.jit
@@ -37,11 +37,10 @@ def _seen(b_own, b_key, reach):
 
 
 @triton.jit
-def _keep(p_out, p_sum, o_part, b_out, b_sum, m_r, HEAD_SIZE: tl.constexpr, COLUMNS: tl.constexpr):
-    o_d = tl.arange(0, COLUMNS)
+def _keep(p_out, p_sum, o_part, o_value, b_out, b_sum, m_r, HEAD_SIZE: tl.constexpr):
     tl.store(p_sum + o_part, b_sum, mask=m_r)
-    m_out = m_r[:, None] & (o_d < HEAD_SIZE)[None, :]
-    tl.store(p_out + o_part[:, None] * HEAD_SIZE + o_d[None, :], b_out, mask=m_out)
+    m_out = m_r[:, None] & (o_value < HEAD_SIZE)[None, :]
+    tl.store(p_out + o_part[:, None] * HEAD_SIZE + o_value[None, :], b_out, mask=m_out)
 
 
 @triton.jit
@@ -72,6 +71,7 @@ def rows_kernel(
     span,
     HEAD_SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
+    VALUES: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -79,10 +79,10 @@ def rows_kernel(
     """Over one span of keys of one head: weighed values and weights [3, batch and head, span, row], and the maximum.
 
     The whole and both bands share scores and weights: those of a band are zero elsewhere. So they are rounded beside
-    the largest of the row, not of the band. Strides are in PIECE elements as in `attention`.
+    the largest of the row, not of the band. A program has VALUES channels of v: sums of all would spill. Strides are in PIECE elements as in `attention`.
     """
     PIECE: tl.constexpr = 128 // p_q.dtype.element_ty.primitive_bitwidth
-    i_span, i_bh = tl.program_id(0), tl.program_id(1)
+    i_value, i_span, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
     o_r, o_d = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     m_r, m_d = o_r < rows, o_d < HEAD_SIZE
@@ -94,15 +94,17 @@ def rows_kernel(
     p_v += (i_b * v_batch + i_h * v_head) * PIECE
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
-    b_out = tl.zeros([ROWS, COLUMNS], tl.float32)
+    b_out = tl.zeros([ROWS, VALUES], tl.float32)
     b_sum_near, b_out_near, b_sum_far, b_out_far = b_sum, b_out, b_sum, b_out
+    o_value = i_value * VALUES + tl.arange(0, VALUES)
     first = i_span * span
     for start in range(first, tl.minimum(first + span, seq), TILE):
         o_s = start + tl.arange(0, TILE)
         m_s = o_s < seq
         o_k = o_s.to(tl.int64) * PIECE
         b_k = tl.load(p_k + o_k[None, :] * k_token + o_d[:, None], mask=m_s[None, :] & m_d[:, None], other=0.0)
-        b_v = tl.load(p_v + o_k[:, None] * v_token + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
+        m_v = m_s[:, None] & (o_value < HEAD_SIZE)[None, :]
+        b_v = tl.load(p_v + o_k[:, None] * v_token + o_value[None, :], mask=m_v, other=0.0)
         b_score = tl.where(m_s[None, :], tl.dot(b_q, b_k, input_precision=PRECISION) * scale, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_score, 1))
         b_weight = tl.exp2(b_score - b_new[:, None])
@@ -115,12 +117,12 @@ def rows_kernel(
         m_seen = _seen(b_far, tl.load(p_keys + seq + o_s, mask=m_s, other=0), reach)
         b_part = tl.where(m_seen, b_weight, 0.0)
         b_sum_far, b_out_far = _added(b_part, b_v, b_decay, b_sum_far, b_out_far, PRECISION)
-    o_part = (i_bh.to(tl.int64) * tl.num_programs(0) + i_span) * rows + o_r
-    parts = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * rows
+    o_part = (i_bh.to(tl.int64) * tl.num_programs(1) + i_span) * rows + o_r
+    parts = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * rows
     tl.store(p_max + o_part, b_max, mask=m_r)
-    _keep(p_out, p_sum, o_part, b_out, b_sum, m_r, HEAD_SIZE, COLUMNS)
-    _keep(p_out, p_sum, o_part + parts, b_out_near, b_sum_near, m_r, HEAD_SIZE, COLUMNS)
-    _keep(p_out, p_sum, o_part + 2 * parts, b_out_far, b_sum_far, m_r, HEAD_SIZE, COLUMNS)
+    _keep(p_out, p_sum, o_part, o_value, b_out, b_sum, m_r, HEAD_SIZE)
+    _keep(p_out, p_sum, o_part + parts, o_value, b_out_near, b_sum_near, m_r, HEAD_SIZE)
+    _keep(p_out, p_sum, o_part + 2 * parts, o_value, b_out_far, b_sum_far, m_r, HEAD_SIZE)
 
 
 @triton.jit
@@ -157,6 +159,7 @@ def constants(head_size: int, dtype: torch.dtype) -> dict[str, object]:
     return {
         "HEAD_SIZE": head_size,
         "COLUMNS": triton.next_power_of_2(head_size),
+        "VALUES": VALUES,
         "ROWS": ROWS,
         "TILE": TILE,
         "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
@@ -182,7 +185,7 @@ def triton_band_errors(
     error = torch.empty(2, batch, heads, len(rows), dtype=torch.float32, device=q.device)
     fixed = constants(head_size, q.dtype)
     with torch.cuda.device_of(q):
-        rows_kernel[(spans, batch * heads)](
+        rows_kernel[(triton.cdiv(head_size, VALUES), spans, batch * heads)](
             q, k, v, rows, own, keys, out, peak, weight, scale * math.log2(math.e), reach,
             *pieces(q), *pieces(k), *pieces(v), heads, len(rows), seq, span, **fixed,
             num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=True,

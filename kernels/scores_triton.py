@@ -127,9 +127,9 @@ class Launch:
     num_stages: int
 
 
-def launch_for(head_size: int) -> Launch:
-    """Pinned launch settings: a table, no timing. Registers bound the parts of keys: with twice as many, sums spill."""
-    return Launch(tile_q=64, columns=64 if head_size > 128 else 128, num_warps=4, num_stages=2)
+def launch_for(head_size: int, per_k: int) -> Launch:
+    """Pinned launch settings: a table, no timing. Registers bound the parts of keys: sums of more would spill."""
+    return Launch(tile_q=64, columns=64 if head_size > 128 or per_k < 4 else 128, num_warps=4, num_stages=2)
 
 
 def constants(
@@ -155,7 +155,7 @@ def triton_scores(
     q, k = q.contiguous(), k.contiguous()
     batch, heads, q_parts, head_size = q.shape
     k_parts = k.shape[2]
-    launch = launch or launch_for(head_size)
+    launch = launch or launch_for(head_size, per_k)
     q_blocks, k_blocks = triton.cdiv(q_parts, per_q), triton.cdiv(k_parts, per_k)
     scores = torch.empty(batch, heads, q_blocks, k_blocks, dtype=torch.float32, device=q.device)
     factor = scale if reduction == "max" else scale * math.log2(math.e)

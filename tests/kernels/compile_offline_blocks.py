@@ -72,6 +72,8 @@ def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, An
     fixed = {"PER_HEAD": True, "CHUNK": lists_triton.KTH_CHUNK}
     types = {"p_scores": "*fp32", "p_kth": "*fp32", "p_budget": "*i64"}
     yield lists_triton.kth_kernel, fixed, types, lists_triton.KTH_WARPS, 3
+    types = {"p_density": "*fp64"}
+    yield lists_triton.density_kernel, {"ROWS": lists_triton.DENSITY_ROWS}, types, lists_triton.DENSITY_WARPS, 3
     fixed = {"ROWS": launch_order_triton.ROWS}
     yield launch_order_triton.rank_rows_kernel, fixed, {"p_rows": "*i32"}, launch_order_triton.WARPS, 3
 

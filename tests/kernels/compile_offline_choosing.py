@@ -1,4 +1,4 @@
-"""Compiles the kernels of part scores and sampled rows: python compile_offline_choosing.py cuda:90 hip:gfx942
+"""Compiles the kernels that choose blocks by parts or by rows: python compile_offline_choosing.py cuda:90 hip:gfx942
 
 Prints a line of JSON a target and variant (all of them on Hopper, else one a kernel), with registers and stack where
 the target is an NVIDIA one.
@@ -12,7 +12,7 @@ import torch
 from offline import report
 from triton.compiler import ASTSource
 
-from sparse_dit.kernels import rows_triton, scores_triton
+from sparse_dit.kernels import ordered_triton, rows_triton, scores_triton
 
 POINTERS = {
     "p_q": "*bf16",
@@ -22,44 +22,56 @@ POINTERS = {
     "p_own": "*i32",
     "p_keys": "*i32",
     "p_order": "*i64",
+    "p_q_order": "*i64",
+    "p_k_order": "*i64",
+    "p_q_out": "*bf16",
+    "p_k_out": "*bf16",
+    "p_v_out": "*bf16",
     "p_x": "*bf16",
     "p_means": "*bf16",
     "scale": "fp32",
 }
 # head size, parts of a query and of a key block, reduction
-SCORES = ((256, 8, 4, "logsumexp"), (128, 8, 4, "logsumexp"), (72, 2, 1, "max"))
+SCORES = ((256, 8, 4, "logsumexp"), (128, 8, 4, "logsumexp"), (128, 8, 8, "logsumexp"), (72, 2, 1, "logsumexp"))
 ROWS = (128, 72)
+# head size, tokens of a run of queries and of keys, type of the means
+ORDERED = ((72, (16, 16), "*bf16"), (128, (128, 64), "*fp32"), (256, (128, 32), "*fp32"))
 # head size, tokens a part, whether in an order
 PARTS = ((72, 4, True), (128, 16, True), (256, 64, False))
 
 
-def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
-    """Kernel, compile-time arguments, warps, stages; one variant a kernel or all of them."""
+def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], dict[str, str], int, int]]:
+    """Kernel, compile-time arguments, types unlike `POINTERS`, warps, stages; one variant a kernel or all."""
     last = None if every else 1
     for head_size, per_q, per_k, reduction in SCORES[:last]:
-        launch = scores_triton.launch_for(head_size)
+        launch = scores_triton.launch_for(head_size, per_k)
         fixed = scores_triton.constants(head_size, per_q, per_k, launch, reduction=reduction, dtype=torch.bfloat16)
-        yield scores_triton.scores_kernel, fixed, launch.num_warps, launch.num_stages
+        yield scores_triton.scores_kernel, fixed, {}, launch.num_warps, launch.num_stages
     for head_size, part, ordered in PARTS[:last]:
         fixed = scores_triton.part_constants(head_size, part, ordered=ordered, dtype=torch.bfloat16)
         if not ordered:
             fixed |= {"p_order": None}
-        yield scores_triton.parts_kernel, fixed, 4, 2
+        yield scores_triton.parts_kernel, fixed, {}, 4, 2
+    for head_size, units, means in ORDERED[:last]:
+        fixed = ordered_triton.constants(units, head_size, 8) | {f"{name}_dim": 1 for name in "qkv"}
+        types = {"p_q_means": means, "p_k_means": means}
+        warps = ordered_triton.warps_for(fixed["TOKENS"], fixed["COLUMNS"])
+        yield ordered_triton.order_means_kernel, fixed, types, warps, 3
     for head_size in ROWS[:last]:
         fixed = rows_triton.constants(head_size, torch.bfloat16)
-        yield rows_triton.rows_kernel, fixed, rows_triton.WARPS, rows_triton.STAGES
+        yield rows_triton.rows_kernel, fixed, {}, rows_triton.WARPS, rows_triton.STAGES
         merged = {name: fixed[name] for name in ("HEAD_SIZE", "COLUMNS")} | {"SPANS": rows_triton.SPANS}
-        yield rows_triton.rows_error_kernel, merged, rows_triton.WARPS, 1
+        yield rows_triton.rows_error_kernel, merged, {}, rows_triton.WARPS, 1
 
 
 def main(target_name: str) -> None:
-    for kernel, fixed, num_warps, num_stages in variants(every=target_name == "cuda:90"):
+    for kernel, fixed, types, num_warps, num_stages in variants(every=target_name == "cuda:90"):
         signature, attributes = {}, {}
         for position, name in enumerate(kernel.arg_names):
             if name in fixed:
                 signature[name] = "constexpr"
             else:
-                signature[name] = POINTERS.get(name, "*fp32" if name.startswith("p_") else "i32")
+                signature[name] = types.get(name) or POINTERS.get(name, "*fp32" if name.startswith("p_") else "i32")
             if name.startswith("p_"):
                 attributes[(position,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constexprs=fixed, attrs=attributes)
