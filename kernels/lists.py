@@ -15,8 +15,6 @@ from sparse_dit.kernels.blocks import BlockList
 
 SCORE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PER = ("row", "head")
-# Scores of a head up to which one program finds the k-th largest sooner than torch's radix selection by many.
-ONE_PROGRAM = 2**16
 
 
 def mask_to_lists(mask: Tensor, block_q: int, block_k: int, *, capacity: int | None = None) -> BlockList:
@@ -124,7 +122,10 @@ def top_k_lists(
         budget = min(keep, k_blocks)
         capacity = min(keep, k_blocks) if per == "row" and forced is None else k_blocks
     if per == "head":
-        budget = _budget_of_head(scores, budget, forced)
+        best = _best_of_heads(scores, budget, forced)
+        if scores.is_cuda:
+            return _triton_lists("mask", best, capacity, block_q, block_k, forced=forced)
+        return _compact(best if forced is None else best | forced, capacity, block_q, block_k)
     if scores.is_cuda:
         return _triton_lists("top_k", scores, capacity, block_q, block_k, budget, forced)
     return _compact(_best(scores, _columns(budget), forced), capacity, block_q, block_k)
@@ -317,29 +318,19 @@ def _best(scores: Tensor, budget: float | Tensor, forced: Tensor | None) -> Tens
     return mask if forced is None else mask | forced
 
 
-def _budget_of_head(scores: Tensor, keep: int | Tensor, forced: Tensor | None) -> Tensor:
-    """How many of the `keep` (an int or [H, 1]) * QB best blocks of a head lie in each row [B, H, QB], at least 1."""
-    whole = keep.squeeze(-1) * scores.shape[2] if isinstance(keep, Tensor) else keep * scores.shape[2]
-    free = scores.float() if forced is None else scores.float().masked_fill(forced, -torch.inf)
-    kth = _kth(free.flatten(2).contiguous(), whole)[..., None, None]
-    equal = free == kth if forced is None else (free == kth) & ~forced
-    # What the blocks above the last value leave of the budget goes to those that equal it, from the first row on.
-    above, ties = (free > kth).sum(dim=-1), equal.sum(dim=-1)
-    left = (whole[:, None] if isinstance(whole, Tensor) else whole) - above.sum(dim=-1, keepdim=True)
-    return (above + (left - (ties.cumsum(dim=-1) - ties)).clamp(min=0).minimum(ties)).clamp(min=1)
-
-
-def _kth(scores: Tensor, k: int | Tensor) -> Tensor:
-    """The k-th largest (k an int or [H]) of [B, H, N]: [B, H]."""
-    if scores.is_cuda and isinstance(k, int) and scores.shape[-1] > ONE_PROGRAM:
-        return scores.topk(k, dim=-1, sorted=False).values.amin(dim=-1)
+def _best_of_heads(scores: Tensor, keep: int | Tensor, forced: Tensor | None) -> Tensor:
+    """Marks keep (an int or [H, 1]) times QB best blocks of each head, and the best of each row; not the forced."""
+    batch, heads, q_blocks = scores.shape[:3]
+    whole = keep * q_blocks
     if scores.is_cuda:
-        from sparse_dit.kernels.lists_triton import triton_kth
+        from sparse_dit.kernels.cutoff_triton import triton_take_count
 
-        return triton_kth(scores, k)
-    ordered = scores.sort(dim=-1, descending=True).values
-    place = k - 1 if isinstance(k, Tensor) else torch.full(scores.shape[1:2], k - 1, device=scores.device)
-    return ordered.gather(-1, place.long()[None, :, None].expand(len(scores), -1, 1)).squeeze(-1)
+        budget = whole.expand(heads, 1).repeat(batch, 1).squeeze(1) if isinstance(whole, Tensor) else whole
+        excluded = None if forced is None else forced.expand(scores.shape).flatten(0, 1)
+        return triton_take_count(scores.flatten(0, 1), budget, excluded).view(scores.shape)
+    out = torch.zeros_like(scores, dtype=torch.bool) if forced is None else forced.expand(scores.shape)
+    best = _best(scores.flatten(2), whole, out.flatten(2)).view(scores.shape)
+    return (best | _best(scores, 1, out)) & ~out
 
 
 def _per_head(value: float | Tensor, scores: Tensor, name: str) -> Tensor | float:

@@ -26,63 +26,72 @@ def _key(b_score):
 
 
 @triton.jit
-def _count_from(p_scores, bound, size, CHUNK: tl.constexpr):
-    """How many of `size` scores have a key of at least `bound`."""
-    o = tl.arange(0, CHUNK)
-    b_count = tl.zeros([CHUNK], tl.int32)
-    for start in range(0, size, CHUNK):
-        m = start + o < size
-        b_key = _key(tl.load(p_scores + start + o, mask=m, other=0.0))
-        b_count += (m & (b_key >= bound)).to(tl.int32)
-    return tl.sum(b_count, 0)
+def _goes_on(count, total, budget, at_least, RULE: tl.constexpr):
+    """Whether a prefix of `count` keys that weigh `total` is long enough, or too long by its last key."""
+    if RULE == "top_k":
+        return count >= budget
+    elif RULE == "top_p_crossing":
+        return (count >= at_least) & (total >= budget)
+    else:
+        return (count >= at_least) & (total > budget)
 
 
 @triton.jit
-def kth_kernel(p_scores, p_kth, p_budget, budget, size, heads, PER_HEAD: tl.constexpr, CHUNK: tl.constexpr):
-    """The budget-th largest of `size` scores of one head: the search of `_largest` over more than one program holds.
+def _prefix(b_key, b_weight, budget, at_least, RULE: tl.constexpr):
+    """Marks the largest keys by RULE, lower indices first among equals. LOWEST is never marked. [WIDTH]
 
-    Reads the scores 32 times, from L2.
+    The last value is searched between `bound`, from which on keys are enough, and what is above it, from which on they
+    are not: until a single key lies between, or its value is known to the last bit and several have it.
     """
-    i_bh = tl.program_id(0).to(tl.int64)
-    p_scores += i_bh * size
-    if PER_HEAD:
-        budget = tl.load(p_budget + i_bh % heads)
-    bound = tl.where(_count_from(p_scores, 0, size, CHUNK) >= budget, 0, LOWEST)
-    for i in range(31):
-        higher = bound + (1 << (30 - i))
-        bound = tl.where(_count_from(p_scores, higher, size, CHUNK) >= budget, higher, bound)
-    tl.store(p_kth + i_bh, (bound ^ ((bound >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
+    LONG: tl.constexpr = 1 << 30
+    bound = tl.full([], LOWEST, tl.int32)
+    count, above = tl.full([], LONG, tl.int32), tl.full([], 0, tl.int32)
+    total_above = tl.full([], 0.0, tl.float32)
+    i = tl.full([], 31, tl.int32)
+    while (i >= 0) & (count - above > 1):
+        higher = bound + (1 << i)  # of the first bit it overflows, from LOWEST to 0
+        m_key = b_key >= higher
+        new_count = tl.sum(m_key.to(tl.int32), 0)
+        new_total = total_above if RULE == "top_k" else tl.sum(tl.where(m_key, b_weight, 0.0), 0)
+        goes_on = _goes_on(new_count, new_total, budget, at_least, RULE)
+        bound, count = tl.where(goes_on, higher, bound), tl.where(goes_on, new_count, count)
+        above = tl.where(goes_on, above, new_count)
+        total_above = tl.where(goes_on, total_above, new_total)
+        i -= 1
+    if count - above == 1:
+        m = b_key >= bound
+        if RULE == "top_p":
+            m = (b_key > bound) | (m & (above < at_least))
+    else:
+        m_equal = (b_key == bound) & (b_key > LOWEST)
+        b_place = tl.cumsum(m_equal.to(tl.int32), 0)  # from 1
+        if RULE == "top_k":
+            m_fits = above + b_place <= budget
+        elif RULE == "top_p_crossing":
+            m_fits = (above + b_place <= at_least) | (total_above + (b_place - 1).to(tl.float32) * b_weight < budget)
+        else:
+            m_fits = (above + b_place <= at_least) | (total_above + b_place.to(tl.float32) * b_weight <= budget)
+        m = (b_key > bound) | (m_equal & m_fits)
+    return m
 
 
 @triton.jit
-def _largest(b_key, budget):
-    """Marks the `budget` largest keys, lower indices first among equals. LOWEST is never marked. [WIDTH]"""
-    bound = tl.where(tl.sum((b_key >= 0).to(tl.int32), 0) >= budget, 0, LOWEST)
-    for i in range(31):
-        higher = bound + (1 << (30 - i))
-        bound = tl.where(tl.sum((b_key >= higher).to(tl.int32), 0) >= budget, higher, bound)
-    m_above = b_key > bound
-    m_equal = (b_key == bound) & (b_key > LOWEST)
-    left = budget - tl.sum(m_above.to(tl.int32), 0)
-    return m_above | (m_equal & (tl.cumsum(m_equal.to(tl.int32), 0) <= left))
+def _best(b_key, o):
+    """Marks the largest key, the first of equals, unless it is LOWEST. [WIDTH]"""
+    best = tl.max(b_key, 0)
+    first = tl.min(tl.where(b_key == best, o, 1 << 30), 0)
+    return (o == first) & (b_key > LOWEST)
 
 
 @triton.jit
-def _reaching(b_key, b_weight, mass, CROSSING: tl.constexpr):
-    """Marks the largest keys that sum to `mass` in weight, the one that crosses it only if CROSSING. [WIDTH]"""
-    bound = LOWEST
-    total = tl.sum(tl.where(b_key >= 0, b_weight, 0.0), 0)
-    bound = tl.where((total >= mass) if CROSSING else (total > mass), 0, bound)
-    for i in range(31):
-        higher = bound + (1 << (30 - i))
-        total = tl.sum(tl.where(b_key >= higher, b_weight, 0.0), 0)
-        bound = tl.where((total >= mass) if CROSSING else (total > mass), higher, bound)
-    m_above = b_key > bound
-    m_equal = (b_key == bound) & (b_key > LOWEST)
-    above = tl.sum(tl.where(m_above, b_weight, 0.0), 0)
-    b_place = tl.cumsum(m_equal.to(tl.int32), 0).to(tl.float32)
-    m_fits = (above + (b_place - 1) * b_weight < mass) if CROSSING else (above + b_place * b_weight <= mass)
-    return m_above | (m_equal & m_fits)
+def _places(m, WIDTH: tl.constexpr):
+    """How many are marked before each, [WIDTH]: both halves in one scan, each in 16 bits."""
+    o_half = tl.arange(0, 2)[:, None]
+    b_halves = m.to(tl.int32).reshape([2, WIDTH // 2])
+    b_both = tl.cumsum(tl.sum(b_halves << (o_half * 16), 0), 0)
+    low = tl.sum(tl.sum(tl.where(o_half == 0, b_halves, 0), 0), 0)
+    b_place = tl.where(o_half == 0, b_both[None, :] & 0xFFFF, low + (b_both >> 16)[None, :])
+    return (b_place - b_halves).reshape([WIDTH])
 
 
 @triton.jit
@@ -114,8 +123,8 @@ def select_kernel(
 ):
     """Selects key blocks of one row by RULE and writes their indices, ascending, and their count.
 
-    Floor: scores and lists once, 6 + 2 MB for 12 heads of 256 x 512 blocks at density 0.3; the search takes
-    32 comparisons and additions a score.
+    Floor: scores and lists once, 6 + 2 MB for 12 heads of 256 x 512 blocks at density 0.3; the search takes about
+    20 comparisons and additions a score, 32 where values repeat.
     """
     i_row, i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o = tl.arange(0, WIDTH)
@@ -132,33 +141,30 @@ def select_kernel(
     else:
         b_score = b_score.to(tl.float32)
         b_key = tl.where(m, _key(b_score), LOWEST)
-        if RULE == "top_k":
-            m_selected = _largest(tl.where(m_forced, LOWEST, b_key), budget)
-        else:
-            m_selected = _largest(b_key, at_least)
-        if RULE == "top_p":
-            m_selected |= _reaching(b_key, b_score, budget, False)
-        elif RULE == "top_p_crossing":
-            m_selected |= _reaching(b_key, b_score, budget, True)
-        elif RULE == "threshold":
+        if RULE == "threshold":
             mean = tl.sum(tl.where(m, b_score, 0.0), 0) / k_blocks
             b_off = tl.where(m, b_score - mean, 0.0)
-            m_selected |= m & (b_score >= mean + budget * tl.sqrt(tl.sum(b_off * b_off, 0) / k_blocks))
+            m_selected = m & (b_score >= mean + budget * tl.sqrt(tl.sum(b_off * b_off, 0) / k_blocks))
+            m_selected |= _best(b_key, o)
+        else:
+            if RULE == "top_k":
+                b_key = tl.where(m_forced, LOWEST, b_key)
+            m_selected = _prefix(b_key, b_score, budget, at_least, RULE)
     m_selected |= m_forced
-    b_place = tl.cumsum(m_selected.to(tl.int32), 0) - 1
+    b_place = _places(m_selected, WIDTH)
     o_row = (i_b * tl.num_programs(1) + i_h) * tl.num_programs(0) + i_row
     tl.store(p_indices + o_row * capacity + b_place, o, mask=m_selected & (b_place < capacity))
     tl.store(p_counts + o_row, tl.minimum(tl.sum(m_selected.to(tl.int32), 0), capacity))
 
 
 def warps_for(k_blocks: int) -> int:
-    """Warps a program: one exchanges sums without shared memory; up to 64 scores a thread stay in registers."""
-    return min(16, max(1, k_blocks // 1024))
+    """Warps a program: one exchanges sums without shared memory; 16 scores a thread leave registers to other rows."""
+    return min(16, max(1, triton.next_power_of_2(k_blocks) // 512))
 
 
 def constants(rule: str, k_blocks: int, *, forced: bool, per_row: bool) -> dict[str, object]:
     """The kernel's compile-time arguments."""
-    return {"RULE": rule, "FORCED": forced, "PER_ROW": per_row, "WIDTH": triton.next_power_of_2(k_blocks)}
+    return {"RULE": rule, "FORCED": forced, "PER_ROW": per_row, "WIDTH": max(2, triton.next_power_of_2(k_blocks))}
 
 
 def triton_lists(
@@ -198,24 +204,6 @@ def triton_lists(
             num_warps=warps_for(k_blocks), enable_fp_fusion=True,
         )  # fmt: skip
     return indices, counts
-
-
-# Scores of a head that a program of kth_kernel holds at once, and its warps: on AMD, 16 are the most.
-KTH_CHUNK, KTH_WARPS = 16_384, 16
-
-
-def triton_kth(scores: Tensor, budget: int | Tensor) -> Tensor:
-    """The budget-th largest score of each head: contiguous fp32 [B, H, N] and an int or [H] to fp32 [B, H]."""
-    batch, heads, size = scores.shape
-    kth = torch.empty(batch, heads, dtype=torch.float32, device=scores.device)
-    per_head = isinstance(budget, Tensor)
-    with torch.cuda.device_of(scores):
-        kth_kernel[(batch * heads,)](
-            scores, kth, budget if per_head else None, 0 if per_head else budget, size, heads,
-            PER_HEAD=per_head, CHUNK=min(KTH_CHUNK, triton.next_power_of_2(size)),
-            num_warps=KTH_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
-    return kth
 
 
 # Rows that the one program of density_kernel takes at once, and its warps.

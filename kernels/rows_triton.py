@@ -79,7 +79,8 @@ def rows_kernel(
     """Over one span of keys of one head: weighed values and weights [3, batch and head, span, row], and the maximum.
 
     The whole and both bands share scores and weights: those of a band are zero elsewhere. So they are rounded beside
-    the largest of the row, not of the band. A program has VALUES channels of v: sums of all would spill. Strides are in PIECE elements as in `attention`.
+    the largest of the row, not of the band. A program has VALUES channels of v: sums of all would spill. Strides are
+    in PIECE elements as in `attention`.
     """
     PIECE: tl.constexpr = 128 // p_q.dtype.element_ty.primitive_bitwidth
     i_value, i_span, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)

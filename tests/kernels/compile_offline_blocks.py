@@ -11,7 +11,7 @@ from typing import Any
 from offline import architecture_of, report, target_of
 from triton.compiler import ASTSource
 
-from sparse_dit.kernels import launch_order_triton, lists_triton, mass_triton, pool_triton
+from sparse_dit.kernels import cutoff_triton, launch_order_triton, lists_triton, mass_triton, pool_triton
 
 POINTERS = {
     "p_order": "*i64",
@@ -40,6 +40,8 @@ SELECTIONS = (
     ("threshold", 512, True),
     ("mask", 512, False),
 )
+# by mass or by count, bits a digit, numbers of a row
+CUTOFFS = ((True, 6, 64), (False, 4, 1024), (False, 6, 256))
 
 
 def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], dict[str, str], int, int]]:
@@ -69,9 +71,16 @@ def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, An
             "budget": "i32" if counted else "fp32",
         }
         yield lists_triton.select_kernel, fixed, types, lists_triton.warps_for(k_blocks), 3
-    fixed = {"PER_HEAD": True, "CHUNK": lists_triton.KTH_CHUNK}
-    types = {"p_scores": "*fp32", "p_kth": "*fp32", "p_budget": "*i64"}
-    yield lists_triton.kth_kernel, fixed, types, lists_triton.KTH_WARPS, 3
+    for mass, bits, width in CUTOFFS[:last]:
+        fixed = {"MASS": mass, "EXCLUDED": mass, "PER_POOL": False, "BITS": bits, "p_budget": None}
+        fixed |= {} if mass else {"p_excluded": None, "p_low": None, "p_high": None}
+        types = {"p_scores": "*fp32", "p_excluded": "*u8", "p_low": "*fp32", "p_high": "*fp32", "p_totals": "*i64"}
+        types |= {"p_ties": "*i32", "p_taken": "*u8", "threshold": "fp32"}
+        tiles = {"TILE": cutoff_triton.TILE, "CHUNK": cutoff_triton.CHUNK}
+        yield cutoff_triton.digit_kernel, fixed | tiles, types, cutoff_triton.WARPS, 3
+        wide = fixed | {"WIDTH": width}
+        yield cutoff_triton.ties_kernel, wide, types, lists_triton.warps_for(width), 3
+        yield cutoff_triton.taken_kernel, wide | {"ROWS": 1024}, types, lists_triton.warps_for(width), 3
     types = {"p_density": "*fp64"}
     yield lists_triton.density_kernel, {"ROWS": lists_triton.DENSITY_ROWS}, types, lists_triton.DENSITY_WARPS, 3
     fixed = {"ROWS": launch_order_triton.ROWS}

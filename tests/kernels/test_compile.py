@@ -20,7 +20,8 @@ TARGETS = {
 }
 ATTENTION = {"block_sparse_forward_kernel", "int8_forward_kernel", "quantize_kernel", "sampled_means_kernel"}
 ATTENTION |= {"gather_kernel"}
-BLOCKS = {"pool_kernel", "block_mass_kernel", "select_kernel", "kth_kernel", "density_kernel", "rank_rows_kernel"}
+BLOCKS = {"pool_kernel", "block_mass_kernel", "select_kernel", "density_kernel", "rank_rows_kernel"}
+BLOCKS |= {"digit_kernel", "ties_kernel", "taken_kernel"}
 CHOOSING = {"order_means_kernel", "scores_kernel", "parts_kernel", "rows_kernel", "rows_error_kernel"}
 SUMMARY = {"means_kernel", "skipped_tiles_kernel", "summary_kernel"}
 # Program, the targets of one run of it, its kernels. The longest goes target by target, for the sake of two cores.

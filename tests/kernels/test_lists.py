@@ -268,17 +268,6 @@ def test_threshold_in_triton(shape, seed, kind, data):
     check_threshold(shape, seed, kind, data, "triton")
 
 
-@settings(max_examples=8, deadline=None)
-@given(size=st.integers(1, 60), seed=st.integers(0, 2**20), per_head=st.booleans())
-def test_kth_in_triton(size, seed, per_head):
-    from sparse_dit.kernels.lists_triton import triton_kth
-
-    scores = few_values((1, 1, 2, size), seed)[0]
-    budget = 1 + seed % size
-    expected = scores.sort(dim=-1, descending=True).values[..., budget - 1]
-    assert torch.equal(triton_kth(scores, torch.full((2,), budget) if per_head else budget), expected)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_both_rules_at_the_crossing_by_hand(backend):
     probabilities = torch.tensor([0.125, 0.5, 0.125, 0.25])[None, None, None]
