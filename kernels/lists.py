@@ -71,6 +71,27 @@ def lists_to_mask(blocks: BlockList, key_blocks: int) -> Tensor:
     return mask.scatter_(-1, column, True)[..., :key_blocks]
 
 
+def spread_lists(taken: Tensor, columns: Tensor, *, block_q: int, block_k: int, forced: Tensor) -> BlockList:
+    """Lists the key blocks whose part of the sequence a query block takes, and the forced ones.
+
+    Args:
+        taken: bool [B, H, QB, parts].
+        columns: int64 [KB] on the device of taken, the part that each key block belongs to.
+        block_q: query tokens a block.
+        block_k: key tokens a block.
+        forced: bool [B or 1, H or 1, QB or 1, KB], blocks listed whatever is taken, at least one a row. On trust.
+
+    Returns:
+        A BlockList on the device of taken, KB wide.
+    """
+    if taken.is_cuda:
+        from sparse_dit.kernels.lists_triton import triton_lists
+
+        indices, counts = triton_lists("mask", taken, len(columns), forced=forced, columns=columns)
+        return BlockList(indices, counts, block_q, block_k, key_blocks=len(columns))
+    return _compact(taken.index_select(3, columns) | forced, len(columns), block_q, block_k)
+
+
 def top_k_lists(
     scores: Tensor,
     keep: int | Tensor,

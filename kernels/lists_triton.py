@@ -40,28 +40,32 @@ def _goes_on(count, total, budget, at_least, RULE: tl.constexpr):
 def _prefix(b_key, b_weight, budget, at_least, RULE: tl.constexpr):
     """Marks the largest keys by RULE, lower indices first among equals. LOWEST is never marked. [WIDTH]
 
-    The last value is searched between `bound`, from which on keys are enough, and what is above it, from which on they
-    are not: until a single key lies between, or its value is known to the last bit and several have it.
+    The last value is searched between `bound`, from which on keys are enough, and `beyond`, from which on they are not:
+    until a single key lies between, or as many as are wanted lie from the bound on, or the value is known to the last
+    bit and several have it.
     """
     LONG: tl.constexpr = 1 << 30
-    bound = tl.full([], LOWEST, tl.int32)
+    bound, beyond = tl.full([], LOWEST, tl.int32), tl.full([], 0x7FFFFFFF, tl.int32)
     count, above = tl.full([], LONG, tl.int32), tl.full([], 0, tl.int32)
     total_above = tl.full([], 0.0, tl.float32)
-    i = tl.full([], 31, tl.int32)
-    while (i >= 0) & (count - above > 1):
+    i, is_known = tl.full([], 31, tl.int32), count - above == 1
+    while (i >= 0) & (is_known == 0):
         higher = bound + (1 << i)  # of the first bit it overflows, from LOWEST to 0
         m_key = b_key >= higher
         new_count = tl.sum(m_key.to(tl.int32), 0)
         new_total = total_above if RULE == "top_k" else tl.sum(tl.where(m_key, b_weight, 0.0), 0)
         goes_on = _goes_on(new_count, new_total, budget, at_least, RULE)
         bound, count = tl.where(goes_on, higher, bound), tl.where(goes_on, new_count, count)
-        above = tl.where(goes_on, above, new_count)
+        beyond, above = tl.where(goes_on, beyond, higher), tl.where(goes_on, above, new_count)
         total_above = tl.where(goes_on, total_above, new_total)
+        is_known = count - above == 1
+        if RULE == "top_k":
+            is_known |= count == budget
         i -= 1
-    if count - above == 1:
+    if is_known:
         m = b_key >= bound
-        if RULE == "top_p":
-            m = (b_key > bound) | (m & (above < at_least))
+        if RULE == "top_p":  # takes it only to have enough
+            m = b_key >= tl.where(above < at_least, bound, beyond)
     else:
         m_equal = (b_key == bound) & (b_key > LOWEST)
         b_place = tl.cumsum(m_equal.to(tl.int32), 0)  # from 1
@@ -99,6 +103,7 @@ def select_kernel(
     p_scores,
     p_budget,
     p_forced,
+    p_columns,
     p_indices,
     p_counts,
     s_batch,
@@ -118,6 +123,7 @@ def select_kernel(
     at_least,
     RULE: tl.constexpr,
     FORCED: tl.constexpr,
+    MAPPED: tl.constexpr,
     PER_ROW: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -129,7 +135,8 @@ def select_kernel(
     i_row, i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o = tl.arange(0, WIDTH)
     m = o < k_blocks
-    b_score = tl.load(p_scores + i_b * s_batch + i_h * s_head + i_row * s_row + o * s_column, mask=m, other=0)
+    o_column = tl.load(p_columns + o, mask=m, other=0) if MAPPED else o
+    b_score = tl.load(p_scores + i_b * s_batch + i_h * s_head + i_row * s_row + o_column * s_column, mask=m, other=0)
     if PER_ROW:
         budget = tl.load(p_budget + i_b * b_batch + i_h * b_head + i_row * b_row)
     m_forced = o < 0
@@ -159,12 +166,13 @@ def select_kernel(
 
 def warps_for(k_blocks: int) -> int:
     """Warps a program: one exchanges sums without shared memory; 16 scores a thread leave registers to other rows."""
-    return min(16, max(1, triton.next_power_of_2(k_blocks) // 512))
+    return int(min(16, max(1, triton.next_power_of_2(k_blocks) // 512)))
 
 
-def constants(rule: str, k_blocks: int, *, forced: bool, per_row: bool) -> dict[str, object]:
+def constants(rule: str, k_blocks: int, *, forced: bool, per_row: bool, mapped: bool = False) -> dict[str, object]:
     """The kernel's compile-time arguments."""
-    return {"RULE": rule, "FORCED": forced, "PER_ROW": per_row, "WIDTH": max(2, triton.next_power_of_2(k_blocks))}
+    width = max(2, triton.next_power_of_2(k_blocks))
+    return {"RULE": rule, "FORCED": forced, "MAPPED": mapped, "PER_ROW": per_row, "WIDTH": width}
 
 
 def triton_lists(
@@ -174,6 +182,7 @@ def triton_lists(
     budget: float | Tensor = 0,
     forced: Tensor | None = None,
     at_least: int = 1,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores [B, H, QB, KB] (for rule "mask" a bool mask) to indices [B, H, QB, capacity] and counts [B, H, QB].
 
@@ -183,21 +192,23 @@ def triton_lists(
         capacity: width of the list.
         budget: blocks, mass or tau, as the rule reads it; a tensor broadcasts to [B, H, QB].
         forced: as the functions of `lists` take it.
-        at_least: best blocks listed whatever the rule, but for "mask" and "top_k".
+        at_least: best blocks listed by a mass; the other rules but "mask" and "top_k" list one.
+        columns: int64 [KB], the column of scores that each key block has; None where each has its own.
     """
-    batch, heads, q_blocks, k_blocks = scores.shape
+    batch, heads, q_blocks = scores.shape[:3]
+    k_blocks = scores.shape[3] if columns is None else len(columns)
     indices = torch.empty(batch, heads, q_blocks, capacity, dtype=torch.int32, device=scores.device)
     counts = torch.empty(batch, heads, q_blocks, dtype=torch.int32, device=scores.device)
     if scores.dtype is torch.bool:
         scores = scores.view(torch.uint8)
     if forced is not None:
-        forced = forced.expand(scores.shape).view(torch.uint8)
+        forced = forced.expand(batch, heads, q_blocks, k_blocks).view(torch.uint8)
     per_row = isinstance(budget, Tensor)
     budgets = budget.expand(scores.shape[:3]) if isinstance(budget, Tensor) else None
-    fixed = constants(rule, k_blocks, forced=forced is not None, per_row=per_row)
+    fixed = constants(rule, k_blocks, forced=forced is not None, per_row=per_row, mapped=columns is not None)
     with torch.cuda.device_of(scores):
         select_kernel[(q_blocks, heads, batch)](
-            scores, budgets, forced, indices, counts, *scores.stride(),
+            scores, budgets, forced, columns, indices, counts, *scores.stride(),
             *(budgets.stride() if budgets is not None else (0, 0, 0)),
             *(forced.stride() if forced is not None else (0, 0, 0, 0)),
             k_blocks, capacity, 0 if per_row else budget, at_least, **fixed,

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 
-from sparse_dit.kernels.lists import mask_to_lists
+from sparse_dit.kernels.cutoff import take_mass
+from sparse_dit.kernels.lists import spread_lists
 from sparse_dit.layout import TokenLayout, block_spans, text_blocks
 from sparse_dit.orders import Order, Tiles
 from sparse_dit.selection.dynamic import Call, Chosen, Dynamic
@@ -76,17 +77,17 @@ class Gate(Dynamic):
         assert isinstance(order, Tiles)
         cut = _partition(order, call.layout, call.block_q, call.block_k, q.device)
         q_means, k_means, ordered = call.means(q, k, v, (call.block_q, call.block_k))
-        gates = q_means.index_select(2, cut.rows) @ (cut.weight @ k_means).mT
+        if len(cut.rows) < call.q_blocks:
+            q_means = q_means.index_select(2, cut.rows)
+        gates = q_means @ (cut.weight @ k_means).mT
         if self.pool == "all":
             taken = call.heads.own(self.take(call.heads.gather(gates, axis=1), cut.own), q.shape[1], axis=1)
         else:
             taken = self.take(gates, cut.own)
-        mask = torch.zeros(*q.shape[:2], call.q_blocks, call.k_blocks, dtype=torch.bool, device=q.device)
-        # Where a chunk is smaller than a block, its queries would not see their own block otherwise.
-        mask = mask.index_copy_(2, cut.rows, taken.index_select(3, cut.chunk)) | cut.touching
-        if call.forced is not None:
-            mask = mask | call.forced
-        blocks = mask_to_lists(mask, call.block_q, call.block_k, capacity=call.k_blocks)
+        if len(cut.rows) < call.q_blocks:
+            every = taken.new_zeros(*taken.shape[:2], call.q_blocks, taken.shape[3])
+            taken = every.index_copy_(2, cut.rows, taken)
+        blocks = spread_lists(taken, cut.chunk, block_q=call.block_q, block_k=call.block_k, forced=cut.always)
         return Chosen(blocks, call.table, ordered=ordered)
 
     def take(self, gates: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -99,21 +100,17 @@ class Gate(Dynamic):
         Returns:
             bool [B, H, queries, chunks].
         """
-        shape = gates.shape
-        gates, own = (self._pools(x) for x in (gates, own.expand(shape)))
-        low, high = gates.amin(dim=-1, keepdim=True), gates.amax(dim=-1, keepdim=True)
-        share = torch.where(high > low, (gates - low) / (high - low), 1.0)
-        order = share.masked_fill(own, torch.inf).sort(dim=-1, descending=True, stable=True).indices
-        total = share.double().gather(-1, order).cumsum(dim=-1)
-        before = F.pad(total[..., :-1], (1, 0))
-        mask = torch.zeros_like(own).scatter_(-1, order, before < self.threshold * total[..., -1:]) | own
-        return mask.mT if self.pool == "chunk" else mask.view(shape)
-
-    def _pools(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, H, queries, chunks] with what is compared in the last dimension."""
+        batch, heads, rows, chunks = gates.shape
         if self.pool == "chunk":
-            return x.mT
-        return {"row": x, "head": x.flatten(2), "all": x.flatten()}[self.pool]
+            pools, own = rearrange(gates, "b h q c -> (b h c) 1 q"), own.mT[:, None].repeat(batch * heads, 1, 1)
+            return rearrange(take_mass(pools, own, self.threshold), "(b h c) 1 q -> b h q c", b=batch, h=heads)
+        if self.pool == "row":
+            pools, own = gates.reshape(-1, 1, chunks), own[:, None].repeat(batch * heads, 1, 1)
+        elif self.pool == "head":
+            pools, own = gates.reshape(-1, rows, chunks), own[None]
+        else:
+            pools, own = gates.reshape(1, -1, chunks), own.repeat(batch * heads, 1)[None]
+        return take_mass(pools, own, self.threshold).view(gates.shape)
 
     def expected_density(self, layout: TokenLayout, block_q: int, block_k: int) -> None:
         """See `Dynamic.expected_density`: the content decides."""
@@ -128,19 +125,21 @@ class _Partition(NamedTuple):
         own: bool [rows, chunks], the chunk that a block of queries lies in.
         chunk: int64 [KB], the chunk of each block of keys; any one for blocks of text.
         weight: fp32 [chunks, KB], takes means of blocks to means of chunks.
-        touching: bool [QB, KB], blocks that share a token.
+        always: bool [1, 1, QB, KB], blocks that share a token, or hold text. Where a chunk is smaller than a block, its
+            queries would not see their own block otherwise.
     """
 
     rows: torch.Tensor
     own: torch.Tensor
     chunk: torch.Tensor
     weight: torch.Tensor
-    touching: torch.Tensor
+    always: torch.Tensor
 
 
 @functools.lru_cache(maxsize=16)
 def _partition(order: Tiles, layout: TokenLayout, block_q: int, block_k: int, device: torch.device) -> _Partition:
-    rows = (~text_blocks(layout, block_q, block_k)[0]).nonzero().squeeze(1)
+    text_rows, text_columns = text_blocks(layout, block_q, block_k)
+    rows = (~text_rows).nonzero().squeeze(1)
     q_chunk, k_chunk = _chunks(order, layout, block_q)[rows], _chunks(order, layout, block_k)
     present = k_chunk[k_chunk >= 0].unique()
     first, last = block_spans(layout.length, block_k)
@@ -151,7 +150,7 @@ def _partition(order: Tiles, layout: TokenLayout, block_q: int, block_k: int, de
         q_chunk[:, None] == present,
         torch.searchsorted(present, k_chunk).clamp(max=len(present) - 1),
         tokens / tokens.sum(dim=1, keepdim=True),
-        (q_first[:, None] < last) & (first < q_last[:, None]),
+        ((q_first[:, None] < last) & (first < q_last[:, None]) | text_rows[:, None] | text_columns)[None, None],
     )
     return _Partition(*(part.to(device) for part in parts))
 

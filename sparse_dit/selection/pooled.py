@@ -16,7 +16,7 @@ import torch
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import PER, threshold_lists, top_k_lists, top_p_lists
 from sparse_dit.kernels.ordered import Ordered
-from sparse_dit.kernels.pool import block_similarity
+from sparse_dit.kernels.pool import block_similarity, token_means
 from sparse_dit.kernels.scores import REDUCTIONS, part_scores
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Order
@@ -127,7 +127,7 @@ class Pooled(Dynamic):
         """Scores fp32 [B, H, QB, KB], the blocks that are forced so far, and what was brought into the order."""
         forced, alike, ordered = call.forced, None, None
         if self.similarity is not None:
-            smooth = k.mean(dim=2, dtype=torch.float32)
+            smooth = token_means(k)
             keys = call.table if call.key_table is None else call.key_table
             q_means, q_alike = block_similarity(q, call.block_q, order=call.table)
             k_means, k_alike = block_similarity(k, call.block_k, order=keys, subtract=smooth)
@@ -144,7 +144,7 @@ class Pooled(Dynamic):
             scores = call.scale * q_means @ k_means.mT
         if alike is not None and self.tau is None:
             # Not -inf: a softmax over nothing else would be NaN. All of those blocks are forced then.
-            scores = scores.masked_fill(~alike, torch.finfo(scores.dtype).min)
+            scores.masked_fill_(~alike, torch.finfo(scores.dtype).min)
         return scores, forced, ordered
 
     def _lists(self, scores: torch.Tensor, forced: torch.Tensor | None, call: Call) -> BlockList:

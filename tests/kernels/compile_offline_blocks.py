@@ -64,6 +64,7 @@ def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, An
         fixed = lists_triton.constants(rule, k_blocks, forced=everything, per_row=everything)
         if not everything:
             fixed |= {"p_budget": None, "p_forced": None}
+        fixed |= {"p_columns": None}
         counted = rule == "top_k"
         types = {
             "p_scores": "*u8" if rule == "mask" else "*fp32",
