@@ -72,5 +72,7 @@ def in_order(q: Tensor, k: Tensor, v: Tensor, q_order: Tensor, k_order: Tensor) 
     if q.is_cuda:
         from sparse_dit.kernels.gather_triton import triton_gather
 
+        if q_order is k_order:
+            return Ordered(*triton_gather((q, k, v), q_order))
         return Ordered(*triton_gather((q,), q_order), *triton_gather((k, v), k_order))
     return Ordered(gather_tokens(q, q_order), gather_tokens(k, k_order), gather_tokens(v, k_order))

@@ -4,9 +4,10 @@
 
 Times are those of the device, medians of runs between events, of random inputs laid out as models do. A call's cost is
 what it does besides attention along a list in block order: judging blocks, making the list, bringing q, k and v into
-the order of the blocks and the output out of it, counting the density, and, where a selection is kept between
-refreshes, unpacking it. Searches, which a system makes a few times a run (AdaSpa's block mass) or by an order of its
-own (SVG2's clustering), are told apart, also spread over the sparse calls of a run of 50 steps as published.
+the order of the blocks, counting the density, and, where a selection is kept between refreshes, unpacking it. The
+kernels write the output out of the order themselves, at no cost that could be measured (docs/kernels.md). Searches,
+which a system makes a few times a run (AdaSpa's block mass) or by an order of its own (SVG2's clustering), are told
+apart, also spread over the sparse calls of a run of 50 steps as published.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from sparse_dit.eval.bench.cases import GRIDS, Case, Shape, read_shape
 from sparse_dit.eval.bench.clock import Clock, CudaClock, HostClock
 from sparse_dit.eval.bench.inputs import Inputs
 from sparse_dit.eval.bench.yardsticks import dense_kernel, yardstick
-from sparse_dit.kernels.gather import gather_tokens, scatter_tokens
 from sparse_dit.kernels.lists import measured_density
 from sparse_dit.kernels.ops import block_sparse_attention
+from sparse_dit.kernels.ordered import in_order
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Clusters
 from sparse_dit.recipe import Recipe, load_recipe
@@ -66,8 +67,9 @@ class Overhead:
     """Milliseconds of the parts of a call; 0 where a system has none.
 
     Args:
-        choose: judging and listing at a refresh, without what counts as a search.
-        order: q, k, v into the order of the blocks, the output out of it.
+        choose: judging and listing at a refresh, without what counts as a search; where that brings q, k and v into the
+            order in the same pass, what it takes on top of `order`.
+        order: q, k, v into the order of the blocks, by themselves.
         recall: what a call between refreshes does instead of choosing.
         search: a search after the first one.
         first_search: the first one, without the whole attention that it may need.
@@ -142,13 +144,16 @@ def _of_layer(recipe: Recipe, layout: TokenLayout, qkv: Sequence[Tensor], clock:
         choose = partial(choose_clustered, recipe.order, selection, q, k, v, call, refresh=True, keeps=False)
     chosen = choose()
     assert chosen is not None
+    if chosen.table is not None:
+        keys = chosen.table if chosen.key_table is None else chosen.key_table
+        parts["order"] = timed(partial(in_order, q, k, v, chosen.table, keys))
     whole = timed(lambda: listed(choose))
     if selection.needs_lse:
         parts["search"] = parts["first_search"] = whole
         searches = len(schedule.refresh_steps or (0,))
     else:
-        parts["choose"] = whole - parts["search"]
-    parts["order"] = timed(_ordering(chosen, q, k, v)) if chosen.table is not None else 0.0
+        brought = parts["order"] if chosen.ordered is not None else 0.0
+        parts["choose"] = whole - parts["search"] - brought
     if schedule.keeps:
         selection.keep(chosen, call)
         parts["recall"] = timed(lambda: listed(lambda: selection.recall(call)))
@@ -169,19 +174,6 @@ def _clustering(
         return order.tables(q, k, call.layout, call.slot)
 
     return {"first_search": timed(cold), "search": timed(lambda: order.tables(q, k, call.layout, call.slot))}
-
-
-def _ordering(chosen: Chosen, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
-    table = chosen.table
-    assert table is not None
-    keys = table if chosen.key_table is None else chosen.key_table
-    out = torch.empty_like(q)
-
-    def bring() -> object:
-        ordered = [gather_tokens(x, each) for x, each in ((q, table), (k, keys), (v, keys))]
-        return scatter_tokens(ordered[0], table, out)
-
-    return bring
 
 
 def rows(
