@@ -236,25 +236,6 @@ def threshold_lists(
     return _compact(mask if forced is None else mask | forced, scores.shape[-1], block_q, block_k)
 
 
-def measured_density(blocks: BlockList, length: int) -> Tensor:
-    """`BlockList.density` of a square call as a float64 scalar on the lists' device, which is not read back.
-
-    Args:
-        blocks: the lists.
-        length: tokens of the sequence.
-    """
-    if blocks.counts.is_cuda:
-        from sparse_dit.kernels.lists_triton import triton_density
-
-        return triton_density(blocks.indices, blocks.counts, blocks.block_q, blocks.block_k, length)
-    # A row ascends, so its last entry tells whether it has the ragged block at the end of the sequence.
-    key_blocks = -(-length // blocks.block_k)
-    last = blocks.indices.gather(-1, blocks.counts[..., None].long() - 1).squeeze(-1)
-    keys = blocks.counts.long() * blocks.block_k - (last == key_blocks - 1) * (key_blocks * blocks.block_k - length)
-    queries = (length - torch.arange(0, length, blocks.block_q)).clamp(max=blocks.block_q)
-    return (keys * queries.to(keys.device)).sum().double() / (keys[..., 0].numel() * length**2)
-
-
 def pack_bits(mask: Tensor) -> Tensor:
     """Packs a mask into bits: bit i of byte j is column 8 j + i.
 

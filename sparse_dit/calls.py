@@ -8,7 +8,8 @@ import torch
 from sparse_dit.apart import attend_chosen, choose_clustered
 from sparse_dit.kernels.backends import told_backend
 from sparse_dit.kernels.blocks import BlockList
-from sparse_dit.kernels.lists import mask_to_lists, measured_density
+from sparse_dit.kernels.density import measured_density
+from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.layout import TokenLayout, text_blocks
 from sparse_dit.orders import Clusters, Order, Rows

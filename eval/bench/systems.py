@@ -31,7 +31,7 @@ from sparse_dit.eval.bench.cases import GRIDS, Case, Shape, read_shape
 from sparse_dit.eval.bench.clock import Clock, CudaClock, HostClock
 from sparse_dit.eval.bench.inputs import Inputs
 from sparse_dit.eval.bench.yardsticks import dense_kernel, yardstick
-from sparse_dit.kernels.lists import measured_density
+from sparse_dit.kernels.density import measured_density
 from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.kernels.ordered import in_order
 from sparse_dit.layout import TokenLayout

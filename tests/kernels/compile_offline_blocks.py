@@ -11,7 +11,14 @@ from typing import Any
 from offline import architecture_of, report, target_of
 from triton.compiler import ASTSource
 
-from sparse_dit.kernels import cutoff_triton, launch_order_triton, lists_triton, mass_triton, pool_triton
+from sparse_dit.kernels import (
+    cutoff_triton,
+    density_triton,
+    launch_order_triton,
+    lists_triton,
+    mass_triton,
+    pool_triton,
+)
 
 POINTERS = {
     "p_order": "*i64",
@@ -83,7 +90,7 @@ def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, An
         yield cutoff_triton.ties_kernel, wide, types, lists_triton.warps_for(width), 3
         yield cutoff_triton.taken_kernel, wide | {"ROWS": 1024}, types, lists_triton.warps_for(width), 3
     types = {"p_density": "*fp64"}
-    yield lists_triton.density_kernel, {"ROWS": lists_triton.DENSITY_ROWS}, types, lists_triton.DENSITY_WARPS, 3
+    yield density_triton.density_kernel, {"ROWS": density_triton.ROWS}, types, density_triton.WARPS, 3
     fixed = {"ROWS": launch_order_triton.ROWS}
     yield launch_order_triton.rank_rows_kernel, fixed, {"p_rows": "*i32"}, launch_order_triton.WARPS, 3
 

@@ -11,7 +11,6 @@ from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import (
     lists_to_mask,
     mask_to_lists,
-    measured_density,
     pack_bits,
     threshold_lists,
     top_k_lists,
@@ -80,23 +79,6 @@ def test_density_is_the_mean_of_the_token_mask(random_mask, seq_q, seq_k, densit
     mask = random_mask(2, 3, -(-seq_q // 32), -(-seq_k // 16), density, seed)
     tokens = mask.repeat_interleave(32, dim=2).repeat_interleave(16, dim=3)[:, :, :seq_q, :seq_k]
     assert mask_to_lists(mask, 32, 16).density(seq_q, seq_k) == pytest.approx(tokens.float().mean().item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("length", [180, 192, 5])
-@pytest.mark.parametrize(("block_q", "block_k"), [(16, 16), (64, 16), (64, 32), (16, 32)])
-def test_the_density_on_the_device_is_that_of_the_lists(random_mask, monkeypatch, length, block_q, block_k):
-    from sparse_dit.kernels import lists_triton
-
-    monkeypatch.setattr(lists_triton, "DENSITY_ROWS", 32)
-    mask = random_mask(2, 3, -(-length // block_q), -(-length // block_k))
-    lists = mask_to_lists(mask, block_q, block_k)
-    shared = mask_to_lists(mask[:1, :1], block_q, block_k)
-    for some in (lists, shared):
-        exact = some.density(length, length)
-        assert float(measured_density(some, length)) == pytest.approx(exact, rel=1e-12)
-        found = lists_triton.triton_density(some.indices, some.counts, block_q, block_k, length)
-        assert found.dtype is torch.float64
-        assert float(found) == pytest.approx(exact, rel=1e-12)
 
 
 BACKENDS = ["torch", "triton"]
