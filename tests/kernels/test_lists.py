@@ -12,6 +12,7 @@ from sparse_dit.kernels.lists import (
     lists_to_mask,
     mask_to_lists,
     pack_bits,
+    spread_lists,
     threshold_lists,
     top_k_lists,
     top_p_lists,
@@ -286,6 +287,22 @@ def test_rows_without_a_finite_score(backend):
     scores = torch.full((1, 1, 2, 9), -torch.inf)
     lists = top_k_lists(scores, 3, **SIZES) if backend == "torch" else through_triton("top_k", scores, 3, 3)
     assert columns(lists) == [[[[0, 1, 2]] * 2]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_are_spread_over_their_key_blocks(backend):
+    generator = torch.Generator().manual_seed(0)
+    taken = torch.rand(2, 3, 4, 5, generator=generator) < 0.4
+    part = torch.tensor([0, 0, 1, 1, 1, 3, 4, 4, 2, 2, 2])
+    forced = torch.rand(1, 1, 4, 11, generator=generator) < 0.2
+    forced[..., 0] = True
+    if backend == "torch":
+        lists = spread_lists(taken, part, forced=forced, **SIZES)
+    else:
+        from sparse_dit.kernels.lists_triton import triton_lists
+
+        lists = BlockList(*triton_lists("mask", taken, 11, forced=forced, columns=part), **SIZES)
+    assert torch.equal(lists_to_mask(lists, 11), taken[..., part] | forced)
 
 
 def test_a_mask_through_triton(random_mask):

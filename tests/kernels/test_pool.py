@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from sparse_dit.kernels.oracle_blocks import oracle_block_means, oracle_similarity
-from sparse_dit.kernels.pool import block_means, block_similarity, torch_pool
+from sparse_dit.kernels.pool import block_means, block_similarity, token_means, torch_pool
 
 BACKENDS = ["torch", "triton"]
 RAGGED = [1, 63, 64, 65, 127, 500, 1000]
 W = 2.0**-24  # unit roundoff of fp32
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pool(backend: str, x: Tensor, block: int, order: Tensor | None = None, subtract: Tensor | None = None):
@@ -160,6 +162,12 @@ X = torch.zeros(2, 3, 10, 8)
         ({"subtract": X[:, :, 0].to("meta")}, "subtract: on meta; valid: cpu, where x is"),
     ],
 )
+@pytest.mark.parametrize("tokens", [1, 511, 512, 1300])
+def test_the_mean_of_all_tokens(tokens):
+    x = torch.randn(2, tokens, 3, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE).transpose(1, 2)
+    torch.testing.assert_close(token_means(x).double(), x.double().mean(dim=2), atol=tokens**0.5 * 2**-23, rtol=0)
+
+
 @pytest.mark.parametrize("function", [block_means, block_similarity])
 def test_bad_arguments(function, change, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
