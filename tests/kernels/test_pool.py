@@ -140,6 +140,12 @@ def test_means_are_those_of_similarity(qkv):
 X = torch.zeros(2, 3, 10, 8)
 
 
+@pytest.mark.parametrize("tokens", [1, 511, 512, 1300])
+def test_the_mean_of_all_tokens(tokens):
+    x = torch.randn(2, tokens, 3, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE).transpose(1, 2)
+    torch.testing.assert_close(token_means(x).double(), x.double().mean(dim=2), atol=tokens**0.5 * 2**-23, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -162,12 +168,6 @@ X = torch.zeros(2, 3, 10, 8)
         ({"subtract": X[:, :, 0].to("meta")}, "subtract: on meta; valid: cpu, where x is"),
     ],
 )
-@pytest.mark.parametrize("tokens", [1, 511, 512, 1300])
-def test_the_mean_of_all_tokens(tokens):
-    x = torch.randn(2, tokens, 3, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE).transpose(1, 2)
-    torch.testing.assert_close(token_means(x).double(), x.double().mean(dim=2), atol=tokens**0.5 * 2**-23, rtol=0)
-
-
 @pytest.mark.parametrize("function", [block_means, block_similarity])
 def test_bad_arguments(function, change, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
