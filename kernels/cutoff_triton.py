@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sparse_dit.kernels.lists_triton import LOWEST, _best, _key, warps_for
 
-# Numbers a program adds up, warps a program, and numbers met with all digits at once.
-TILE, WARPS, CHUNK = 4096, 4, 64
-# Bits a digit: more of them take fewer launches, and more sums a number. Where numbers are many, sums take longer.
-BITS, BITS_OF_MANY, MANY = 6, 4, 2**20
+# Bits a digit: more of them take fewer launches, and more sums a number.
+BITS = 4
+# Numbers a program adds up, those of them loaded at once (of shares half as many), and warps a program.
+TILE, CHUNK, WARPS = 2048, 512, 4
 ONE = tl.constexpr(2**40)  # a share of 1 as an integer: pools of up to 2^22 numbers cannot overflow
 
 
@@ -79,7 +79,7 @@ def _read(p_scores, p_excluded, p_low, p_high, i_pool, o, m, size, columns, e_po
     return b_score, m_out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["i_digit"])  # one kernel for all digits
 def digit_kernel(
     p_scores,
     p_excluded,
@@ -257,9 +257,8 @@ def _taken(
 ) -> Tensor:
     scores = scores.contiguous()
     pools, rows, columns = scores.shape
-    bits = BITS if scores.numel() < MANY else BITS_OF_MANY
-    digits = -(-32 // bits)
-    totals = torch.zeros(pools, (digits << bits) + 1, dtype=torch.int64, device=scores.device)
+    digits = -(-32 // BITS)
+    totals = torch.zeros(pools, (digits << BITS) + 1, dtype=torch.int64, device=scores.device)
     ties = torch.empty(pools, rows, dtype=torch.int32, device=scores.device)
     taken = torch.empty(pools, rows, columns, dtype=torch.bool, device=scores.device)
     if excluded is not None:
@@ -268,12 +267,12 @@ def _taken(
     per_pool = isinstance(budget, Tensor)
     inputs = (scores, excluded, *ends, budget if per_pool else None, totals)
     numbers = (0 if per_pool else budget, threshold, rows * columns, columns, *strides)
-    fixed = {"MASS": ends[0] is not None, "EXCLUDED": excluded is not None, "PER_POOL": per_pool, "BITS": bits}
-    width = triton.next_power_of_2(columns)
+    fixed = {"MASS": ends[0] is not None, "EXCLUDED": excluded is not None, "PER_POOL": per_pool, "BITS": BITS}
+    width, chunk = triton.next_power_of_2(columns), CHUNK // 2 if fixed["MASS"] else CHUNK
     grid = (triton.cdiv(rows * columns, TILE), pools)
     with torch.cuda.device_of(scores):
         for digit in range(digits):
-            digit_kernel[grid](*inputs, *numbers, digit, digits, **fixed, TILE=TILE, CHUNK=CHUNK, num_warps=WARPS)
+            digit_kernel[grid](*inputs, *numbers, digit, digits, **fixed, TILE=TILE, CHUNK=chunk, num_warps=WARPS)
         ties_kernel[rows, pools](*inputs, ties, *numbers, digits, **fixed, WIDTH=width, num_warps=warps_for(columns))
         taken_kernel[rows, pools](
             *inputs, ties, taken.view(torch.uint8), *numbers, digits, **fixed, WIDTH=width,

@@ -29,7 +29,7 @@ def band_errors(
         own: int32 [M, S], the units of tokens as queries; a query of unit -1 sees every key.
         keys: int32 [M, S], the units of tokens as keys; a key of unit -1 is seen by every query.
         reach: units, 0 or more. Where a band leaves a row no key, it gets zeros.
-        scale: factor on the scores.
+        scale: positive factor on the scores.
 
     Returns:
         fp32 [M, B, H].

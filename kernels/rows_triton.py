@@ -19,7 +19,7 @@ from sparse_dit.kernels.pieces import aligned, pieces
 ROWS, TILE, VALUES = 64, 32, 64  # three sums of 64 rows and channels take 96 registers a thread
 WARPS, STAGES = 4, 2
 SPANS = 64  # of the keys of a head at most, so that a program of the merge holds them all at once
-PROGRAMS = 264  # spans that a launch aims at, whatever the GPU: two on each multiprocessor of the largest
+PROGRAMS = 132  # spans that a launch aims at, whatever the GPU: of one on each multiprocessor of the largest
 
 
 @triton.jit
@@ -106,10 +106,10 @@ def rows_kernel(
         b_k = tl.load(p_k + o_k[None, :] * k_token + o_d[:, None], mask=m_s[None, :] & m_d[:, None], other=0.0)
         m_v = m_s[:, None] & (o_value < HEAD_SIZE)[None, :]
         b_v = tl.load(p_v + o_k[:, None] * v_token + o_value[None, :], mask=m_v, other=0.0)
-        b_score = tl.where(m_s[None, :], tl.dot(b_q, b_k, input_precision=PRECISION) * scale, float("-inf"))
+        b_score = tl.where(m_s[None, :], tl.dot(b_q, b_k, input_precision=PRECISION), float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_score, 1))
-        b_weight = tl.exp2(b_score - b_new[:, None])
-        b_decay = tl.exp2(b_max - b_new)
+        b_weight = tl.exp2(b_score * scale - (b_new * scale)[:, None])
+        b_decay = tl.exp2((b_max - b_new) * scale)
         b_max = b_new
         b_sum, b_out = _added(b_weight, b_v, b_decay, b_sum, b_out, PRECISION)
         m_seen = _seen(b_near, tl.load(p_keys + o_s, mask=m_s, other=0), reach)
@@ -120,7 +120,7 @@ def rows_kernel(
         b_sum_far, b_out_far = _added(b_part, b_v, b_decay, b_sum_far, b_out_far, PRECISION)
     o_part = (i_bh.to(tl.int64) * tl.num_programs(1) + i_span) * rows + o_r
     parts = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * rows
-    tl.store(p_max + o_part, b_max, mask=m_r)
+    tl.store(p_max + o_part, b_max * scale, mask=m_r)
     _keep(p_out, p_sum, o_part, o_value, b_out, b_sum, m_r, HEAD_SIZE)
     _keep(p_out, p_sum, o_part + parts, o_value, b_out_near, b_sum_near, m_r, HEAD_SIZE)
     _keep(p_out, p_sum, o_part + 2 * parts, o_value, b_out_far, b_sum_far, m_r, HEAD_SIZE)

@@ -1,5 +1,7 @@
 """Scores of blocks from those of their parts, without the matrix of the parts."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
@@ -30,7 +32,7 @@ def part_scores(q: Tensor, k: Tensor, per_q: int, per_k: int, *, scale: float, r
         k: means of the parts of keys [B, H, R, D], like q.
         per_q: parts of a query block, at least 1; the last block has what is left.
         per_k: parts of a key block, likewise.
-        scale: factor on the products.
+        scale: positive factor on the products.
         reduction: one of `REDUCTIONS`.
 
     Returns:
@@ -40,6 +42,8 @@ def part_scores(q: Tensor, k: Tensor, per_q: int, per_k: int, *, scale: float, r
         ValueError: an argument is not as above.
     """
     _check(q, k, per_q, per_k, reduction)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale: {scale!r}; valid: a positive finite number")
     if q.is_cuda and q.dtype in CUDA_DTYPES and q.shape[-1] in TRITON_HEAD_SIZES and per_k in PER_K:
         from sparse_dit.kernels.scores_triton import triton_scores
 

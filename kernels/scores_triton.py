@@ -58,13 +58,14 @@ def scores_kernel(
         o_row = o_q * PER_Q + i
         m_row = o_row < q_parts
         b_q = tl.load(p_q + o_row[:, None] * HEAD_SIZE + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
-        b_score = tl.dot(b_q, b_k, input_precision=PRECISION) * scale + b_beyond[None, :]
-        b_score += tl.where(m_row, 0.0, float("-inf"))[:, None]
+        b_score = tl.dot(b_q, b_k, input_precision=PRECISION) + b_beyond[None, :]
         b_score = b_score.reshape([TILE_Q, PER_K, TILE_K])
-        b_new = tl.maximum(b_max, tl.max(b_score, 1))
+        b_new = tl.maximum(b_max, tl.where(m_row[:, None], tl.max(b_score, 1), float("-inf")))
         if not MAX:
-            b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_score - b_new[:, None, :]), 1)
+            b_added = tl.sum(tl.exp2(b_score * scale - (b_new * scale)[:, None, :]), 1)
+            b_sum = b_sum * tl.exp2((b_max - b_new) * scale) + tl.where(m_row[:, None], b_added, 0.0)
         b_max = b_new
+    b_max *= scale
     if not MAX:
         b_max = (b_max + tl.log2(b_sum)) * 0.6931471805599453
     o_out = i_bh * q_blocks * k_blocks + o_q[:, None].to(tl.int64) * k_blocks + o_k[None, :]

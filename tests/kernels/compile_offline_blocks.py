@@ -47,8 +47,8 @@ SELECTIONS = (
     ("threshold", 512, True),
     ("mask", 512, False),
 )
-# by mass or by count, bits a digit, numbers of a row
-CUTOFFS = ((True, 6, 64), (False, 4, 1024), (False, 6, 256))
+# by mass or by count, numbers of a row
+CUTOFFS = ((True, 64), (False, 1024))
 
 
 def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], dict[str, str], int, int]]:
@@ -79,12 +79,12 @@ def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, An
             "budget": "i32" if counted else "fp32",
         }
         yield lists_triton.select_kernel, fixed, types, lists_triton.warps_for(k_blocks), 3
-    for mass, bits, width in CUTOFFS[:last]:
-        fixed = {"MASS": mass, "EXCLUDED": mass, "PER_POOL": False, "BITS": bits, "p_budget": None}
+    for mass, width in CUTOFFS[:last]:
+        fixed = {"MASS": mass, "EXCLUDED": mass, "PER_POOL": False, "BITS": cutoff_triton.BITS, "p_budget": None}
         fixed |= {} if mass else {"p_excluded": None, "p_low": None, "p_high": None}
         types = {"p_scores": "*fp32", "p_excluded": "*u8", "p_low": "*fp32", "p_high": "*fp32", "p_totals": "*i64"}
         types |= {"p_ties": "*i32", "p_taken": "*u8", "threshold": "fp32"}
-        tiles = {"TILE": cutoff_triton.TILE, "CHUNK": cutoff_triton.CHUNK}
+        tiles = {"TILE": cutoff_triton.TILE, "CHUNK": cutoff_triton.CHUNK // (1 + mass)}
         yield cutoff_triton.digit_kernel, fixed | tiles, types, cutoff_triton.WARPS, 3
         wide = fixed | {"WIDTH": width}
         yield cutoff_triton.ties_kernel, wide, types, lists_triton.warps_for(width), 3

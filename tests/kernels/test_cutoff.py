@@ -42,10 +42,10 @@ def best_by_hand(scores: Tensor, budget: int, excluded: Tensor) -> Tensor:
     seed=st.integers(0, 2**20),
     ties=st.booleans(),
     left_out=st.sampled_from(["none", "single", "columns"]),
-    many=st.booleans(),
+    bits=st.sampled_from([4, 5]),
 )
 def test_a_count_takes_the_best_of_a_pool(
-    shape: tuple[int, int, int], seed: int, ties: bool, left_out: str, many: bool
+    shape: tuple[int, int, int], seed: int, ties: bool, left_out: str, bits: int
 ) -> None:
     scores = drawn(seed, *shape, ties=ties)
     size = shape if left_out == "single" else (1, 1, shape[2])
@@ -55,7 +55,7 @@ def test_a_count_takes_the_best_of_a_pool(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cutoff_triton, "TILE", 128)
         patch.setattr(cutoff_triton, "CHUNK", 64)
-        patch.setattr(cutoff_triton, "MANY", 1 if many else 2**20)
+        patch.setattr(cutoff_triton, "BITS", bits)
         found = triton_take_count(scores, torch.full(shape[:1], budget, device=DEVICE) if ties else budget, excluded)
     out = torch.zeros_like(scores, dtype=torch.bool) if excluded is None else excluded.expand(shape)
     for pool in range(shape[0]):

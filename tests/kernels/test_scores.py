@@ -83,6 +83,7 @@ def test_the_torch_path_gives_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch
     ("changes", "told"),
     [
         ({"per_q": 0}, "per_q: 0; valid: at least 1 part"),
+        ({"scale": 0.0}, "scale: 0.0; valid: a positive finite number"),
         ({"reduction": "mean"}, "reduction: 'mean'; valid: one of "),
         ({"k": torch.zeros(1, 2, 4, 32)}, r"k: torch.float32 \[1, 2, 4, 32\] on cpu; valid: "),
     ],
@@ -90,7 +91,7 @@ def test_the_torch_path_gives_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch
 def test_bad_arguments_of_scores_are_refused(changes: dict[str, object], told: str) -> None:
     given = {"q": torch.zeros(1, 2, 4, 64), "k": torch.zeros(1, 2, 4, 64), "per_q": 2, "per_k": 2} | changes
     with pytest.raises(ValueError, match=f"^{told}"):
-        part_scores(**{"scale": 1.0, "reduction": "max", **given})  # type: ignore[arg-type]
+        part_scores(**{"scale": 1.0, "reduction": "max"} | given)  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu
