@@ -17,9 +17,9 @@ class Schedule:
         dense_above: dense while the noise level (1 = pure noise, 0 = clean) is above this; 1.0 switches the rule off.
         dense_layers: indices of self-attention layers, in execution order, that are dense in every step.
         refresh_every: refresh when the last one is so many steps ago; 1 is every step.
-        refresh_growth: make each gap between refreshes so many steps longer than the one before, counted from step 0: with
-            `refresh_every` 2 and growth 1 the refreshes are at steps 0, 2, 5, 9, 14. What a layer keeps ages fastest
-            in the first steps, where the picture takes shape.
+        refresh_growth: make each gap between refreshes so many steps longer than the one before, counted from step 0:
+            with `refresh_every` 2 and growth 1 the refreshes are at steps 0, 2, 5, 9, 14. What a layer keeps ages
+            fastest in the first steps, where the picture takes shape.
         refresh_steps: refresh in these steps instead.
 
     Raises:

@@ -58,15 +58,15 @@ class Reuse:
     The paper keeps R behind the output projection; as that is linear, the sum is the same. Without `ratio` this is the
     residual of DiTFastAttn (arXiv 2406.08552): R = O - W, and W + R.
 
-    Ours is that residual behind summaries: skipped blocks enter the softmax of W as their means, in every step, and R is
-    what the means miss. The means follow what changes from step to step, so that less of R grows old.
+    Ours is that residual behind summaries: skipped blocks enter the softmax of W as their means, in every step, and R
+    is what the means miss. The means follow what changes from step to step, so that less of R grows old.
 
     Args:
         ratio: whether the sparse output is scaled by rho.
         ramp: what is added to rho for every further step (lambda in the paper).
         summary: whether skipped blocks enter the softmax as with `Summarize`; without `ratio` only.
-        part: so many tokens, one after the other in the recipe's order, keep the mean of their R instead of each its own,
-            which is as many times less to keep; without `ratio` only.
+        part: so many tokens, one after the other in the recipe's order, keep the mean of their R instead of each its
+            own, which is as many times less to keep; without `ratio` only.
 
     Raises:
         ValueError: a value is out of its range, or goes without `ratio` only.
