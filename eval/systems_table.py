@@ -128,8 +128,9 @@ def _ours_at(found: Sequence[Setting], dense_steps: int, density: float) -> list
         return abs(contest.run_density(setting) - wanted)
 
     def made_for(setting: Setting) -> bool:
-        whole = contest.whole_steps(setting)
-        return away(setting) < contest.NEAR / 2 and (contest.caches(setting) or 0 <= whole - dense_steps <= 1)
+        if contest.caches(setting):  # a step more of whole attention moves the budget by more than a block
+            return away(setting) < contest.NEAR
+        return away(setting) < contest.NEAR / 2 and 0 <= contest.whole_steps(setting) - dense_steps <= 1
 
     kinds = ([one for one in found if one.name == kind and made_for(one)] for kind in contest.KINDS)
     return [min(those, key=away) for those in kinds if those]

@@ -120,7 +120,9 @@ class Reuse:
             sparse = slot["ratio"][..., None] * sparse
         residual = whole[0] - sparse
         if parts is not None:
-            residual = block_means(residual, self.part, order=parts.table)
+            means = block_means(residual, self.part, order=parts.table).to(whole[0].dtype)
+            # Heads of a part side by side in memory, so that tokens find theirs in long pieces.
+            residual = means.transpose(1, 2).contiguous().transpose(1, 2)
         slot["residual"] = residual.to(whole[0].dtype)
 
     def add(
@@ -149,7 +151,7 @@ class Reuse:
 def _of_tokens(kept: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """What parts keep [B, H, N, D], for each token of them [B, H, S, D]; part is int64 [1 or H, S]."""
     if len(part) == 1:
-        return kept.index_select(2, part[0])
+        return kept.transpose(1, 2).index_select(1, part[0]).transpose(1, 2)
     return kept.gather(2, part[None, :, :, None].expand(kept.shape[0], -1, -1, kept.shape[3]))
 
 

@@ -54,7 +54,10 @@ WITHOUT_PROFILE = {name: each for name, each in CONTENDERS.items() if not isinst
 
 
 def test_every_published_preset_stands_in_the_table() -> None:
-    ours, larger = {"quality", "balanced", "fast", "cached", "tiny-radial"}, {"draft-hunyuan", "radial-hunyuan", "svg-hunyuan"}
+    ours, larger = (
+        {"quality", "balanced", "fast", "cached", "tiny-radial"},
+        {"draft-hunyuan", "radial-hunyuan", "svg-hunyuan"},
+    )
     others = {"dense", "sage", "sage2", "sparge-cdf"}  # no selection, or another rule of one that stands there
     assert set(recipe_names()) - ours - larger - others == set(CONTENDERS)
 
