@@ -6,7 +6,7 @@ appends rows to three files in eval/results, and goes on where it stopped when i
 
 1. `prepare`, on captions that neither training nor any table uses: mixtures of our own are searched, as many blocks
    computed over the run as by AdaSpa with its one whole call, and mixtures with a cache, as many as with every fifth
-   step whole; knobs are turned, profiles are calibrated.
+   step whole; the best cache is taken apart (`eval.cache_worth`); knobs are turned, profiles are calibrated.
 2. `table`, on 16 held-out captions: every contender (`eval.contenders`) at every density and share of dense first
    steps; and the mixture that the search found best for each density, with skipped blocks as summaries and dropped,
    and the best one with a cache.
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparse_dit.eval import contest, knobs, results
+from sparse_dit.eval import cache_worth, contest, knobs, results
 from sparse_dit.eval.contenders import (
     BLOCK,
     CONTENDERS,
@@ -150,7 +150,8 @@ class Runs:
         prompts = knobs.search_prompts(self.searched)
         tasks: list[Callable[[], None]] = [partial(self._profiles, name) for name in knobs.calibrated()]
         tasks += [partial(self._knob, name, prompts) for name in knobs.sought()]
-        return Sweep([*searched_recipes(), *searched_caches()], prompts, self.files.search), tasks
+        recipes = [*searched_recipes(), *searched_caches(), *cache_worth.recipes(STEPS, BLOCKS)]
+        return Sweep(recipes, prompts, self.files.search), tasks
 
     def _profiles(self, name: str) -> None:
         knobs.make_profiles(self.pipe, name, self.request, self.files.profiles)
