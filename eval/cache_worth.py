@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -55,11 +56,14 @@ def worth(rows: Sequence[Row]) -> str:
     Args:
         rows: as `sparse_dit.eval.systems` writes them in its search; others are passed over.
     """
-    if not rows:
+    names: dict[str, None] = {}
+    if rows:
+        blocks = -(-math.prod(rows[0]["grid"]) // BLOCK)
+        names = dict.fromkeys(recipe.name for recipe in recipes(rows[0]["steps"], blocks))
+    those = [row for row in rows if row["recipe"]["name"] in names]
+    if not those:
         return "No rows yet."
-    grid = rows[0]["grid"]
-    names = [recipe.name for recipe in recipes(rows[0]["steps"], -(-grid[0] * grid[1] * grid[2] // BLOCK))]
-    found = {setting.name: setting for setting in settings([row for row in rows if row["recipe"]["name"] in names])}
+    found = {setting.name: setting for setting in settings(those)}
     lines = ["| recipe | run density | PSNR, dB | worst clip | SSIM |", "| --- | ---: | ---: | ---: | ---: |"]
     for name in (name for name in names if name in found):
         density, psnr, ssim = (found[name].values(field) for field in ("run_density", "psnr", "ssim"))
