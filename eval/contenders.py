@@ -150,7 +150,6 @@ PART = 8
 CACHE: dict[str, Any] = {"name": "reuse", "ratio": False, "summary": True}
 _CACHED_RULES = ("lse4", "lse4-gain", "lse2")
 _WHOLE_SHARES = (50, 67, 80)
-FIRST_WHOLE = 1  # first steps that ours computes whole: what goes wrong in pure noise is never made good
 _SEARCHES_AFTER = (4, 12)  # of mixtures that search, as many steps after the first one
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparse_dit.eval.contenders import CACHED, DENSITIES, FIRST_WHOLE, IN_PARTS, OURS
+from sparse_dit.eval.contenders import CACHED, DENSITIES, IN_PARTS, OURS
 from sparse_dit.eval.settings import Interval, Setting, interval, paired
 
 NEAR = 0.01  # run densities that count as equal
@@ -63,12 +63,9 @@ def caches(setting: Setting) -> bool:
 
 
 def is_equal(setting: Setting, other: Setting) -> bool:
-    """Whether one of ours computes as much over a run as a setting, in as many whole steps.
-
-    Ours has the first step whole in any case, and with a cache places its whole steps itself.
-    """
+    """Whether two settings compute as much over a run, in as many whole steps; ours with a cache places them itself."""
     within = abs(run_density(setting) - run_density(other)) <= NEAR
-    return within and (other.name in (CACHED, IN_PARTS) or whole_steps(other) == max(whole_steps(setting), FIRST_WHOLE))
+    return within and (other.name in (CACHED, IN_PARTS) or whole_steps(setting) == whole_steps(other))
 
 
 def standing(setting: Setting, settings: Sequence[Setting], kind: str = OURS) -> Standing | None:

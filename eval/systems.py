@@ -36,7 +36,6 @@ from sparse_dit.eval.contenders import (
     BLOCK,
     CONTENDERS,
     DENSITIES,
-    FIRST_WHOLE,
     PART,
     Calibrated,
     Sought,
@@ -151,7 +150,7 @@ class Runs:
         prompts = knobs.search_prompts(self.searched)
         tasks: list[Callable[[], None]] = [partial(self._profiles, name) for name in knobs.calibrated()]
         tasks += [partial(self._knob, name, prompts) for name in knobs.sought()]
-        recipes = [*searched_recipes(), *searched_caches(), *first_steps(), *cache_worth.recipes(STEPS, BLOCKS)]
+        recipes = [*searched_recipes(), *searched_caches(), *cache_worth.recipes(STEPS, BLOCKS)]
         return Sweep(recipes, prompts, self.files.search), tasks
 
     def _profiles(self, name: str) -> None:
@@ -191,15 +190,6 @@ def searched_recipes() -> Iterator[Recipe]:
         yield small("adaspa", density, 0, None)
         for name in mixtures():
             recipe = at_run_density(name, (1 + (STEPS - 1) * _kept(density)) / STEPS, 1, STEPS, BLOCKS)
-            assert recipe is not None
-            yield recipe
-
-
-def first_steps() -> Iterator[Recipe]:
-    """Two mixtures at every density, with as much computing but their first step whole or not (`FIRST_WHOLE`)."""
-    for density, name in itertools.product(DENSITIES, ("hilbert-lse2-summary", "hilbert-lse4-gain-summary")):
-        for whole in (0, 1):
-            recipe = at_run_density(name, _kept(density), whole, STEPS, BLOCKS)
             assert recipe is not None
             yield recipe
 
@@ -306,7 +296,7 @@ def our_recipes(found: Mapping[float, str], cache: str) -> list[Recipe]:
     recipes = []
     for (density, name), dense_steps in itertools.product(found.items(), dense_steps_of(STEPS)):
         run_density = (dense_steps + (STEPS - dense_steps) * _kept(density)) / STEPS
-        recipes += _both(name, run_density, max(dense_steps, FIRST_WHOLE))
+        recipes += _both(name, run_density, dense_steps)
         recipes += _cached(cache, run_density, 1, PART)
     return recipes
 
@@ -314,7 +304,6 @@ def our_recipes(found: Mapping[float, str], cache: str) -> list[Recipe]:
 def equal_recipes(rows: Iterable[Row], found: Mapping[float, str], cache: str) -> list[Recipe]:
     """The mixtures that were found at the run density, and with the whole steps, of every other setting in the rows.
 
-    Where that has none, the first step is whole (`FIRST_WHOLE`).
     Low precision is compared with native one of the same recipe, not with ours.
 
     Args:
@@ -325,7 +314,7 @@ def equal_recipes(rows: Iterable[Row], found: Mapping[float, str], cache: str) -
     recipes = []
     for setting in settings(others):
         name = found[contest.near(setting)]
-        wanted = contest.run_density(setting), max(contest.whole_steps(setting), FIRST_WHOLE)
+        wanted = contest.run_density(setting), contest.whole_steps(setting)
         recipes += _both(name, *wanted)
         recipes += _cached(cache, wanted[0], *((1, PART) if contest.caches(setting) else (1,)))
     return list({json.dumps(recipe.to_dict()): recipe for recipe in recipes}.values())

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from sparse_dit.eval import contest
-from sparse_dit.eval.contenders import BLOCK, DENSITIES, FIRST_WHOLE, PART, cached_mixtures, mixtures
+from sparse_dit.eval.contenders import BLOCK, DENSITIES, PART, cached_mixtures, mixtures
 from sparse_dit.eval.results import Row
 from sparse_dit.eval.settings import Setting, settings
 from sparse_dit.selection.dynamic import blocks_of_share
@@ -130,7 +130,7 @@ def _ours_at(found: Sequence[Setting], dense_steps: int, density: float) -> list
     def made_for(setting: Setting) -> bool:
         if contest.caches(setting):  # a step more of whole attention moves the budget by more than a block
             return away(setting) < contest.NEAR
-        return away(setting) < contest.NEAR / 2 and contest.whole_steps(setting) == max(dense_steps, FIRST_WHOLE)
+        return away(setting) < contest.NEAR / 2 and 0 <= contest.whole_steps(setting) - dense_steps <= 1
 
     kinds = ([one for one in found if one.name == kind and made_for(one)] for kind in contest.KINDS)
     return [min(those, key=away) for those in kinds if those]
