@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from sparse_dit.kernels import memory
 from sparse_dit.kernels.backends import chosen_backend
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.gather import gather_tokens, scatter_tokens
@@ -68,7 +69,8 @@ def block_sparse_attention(
 
     Raises:
         ValueError: an argument is not as above, or the backend or the device cannot run it.
-        torch.OutOfMemoryError: the GPU lacks memory for what the call allocates, which the message tells.
+        torch.OutOfMemoryError: the GPU lacks memory for what the call allocates, which the message tells. Large calls
+            (`memory.LARGE`) find out before anything is launched.
     """
     _check_tensors(q, k, v)
     _check_blocks(q, k, blocks)
@@ -160,12 +162,12 @@ def _block_sparse_attention(
     pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     try:
+        if backend != "host" and q.nbytes >= memory.LARGE:
+            memory.reserve(q, k, order, precision, backend)
         out, lse = _attend(q, k, v, indices, counts, order, block_q, block_k, scale, precision, backend, pv_threshold)
     except torch.OutOfMemoryError as error:
-        from sparse_dit.kernels.memory import told_shortage
-
-        # Every kernel is launched on memory that is there: only what led up to the attention has run.
-        raise torch.OutOfMemoryError(told_shortage(q, k, order, precision, backend)) from error
+        # Every kernel is launched on memory that is there: at most what led up to the attention has run.
+        raise torch.OutOfMemoryError(memory.told_shortage(q, k, order, precision, backend)) from error
     if skipped == "summary":
         from sparse_dit.kernels.summary import merge_summaries
 
