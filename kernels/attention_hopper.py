@@ -141,7 +141,7 @@ def _attend(
     Then, where blocks are skipped, over the tiles of all means, whose scores start from `b_biases`.
     """
     b_queries, b_k, b_v, b_out, b_totals = tiles
-    q_full, k_full, k_empty, v_full, v_empty = rings
+    q_full, k_full, k_empty, v_full, _ = rings
     p_indices, i_index, blocks, means, valid = lists
     p_q_scale, p_k_scale, p_v_lift, scale = scales
     first_row, seq_q = rows
@@ -290,7 +290,8 @@ def _tokens(p_order, o_row, seq_q, ORDERED: gl.constexpr):
 
 @gluon.jit
 def hopper_forward_kernel(
-    d_q, d_k, d_v, d_keys, d_values, p_q_scale, p_lse_shift, p_k_scale, p_v_lift, p_v_scale_top, p_v_mean, p_order, p_out, p_lse,
+    d_q, d_k, d_v, d_keys, d_values,
+    p_q_scale, p_lse_shift, p_k_scale, p_v_lift, p_v_scale_top, p_v_mean, p_order, p_out, p_lse,
     p_indices, p_counts, p_rows, order_head, out_batch, out_head, out_token,
     i_batch, i_head, i_row, i_index, c_batch, c_head, c_row, r_batch, r_head,
     heads, query_blocks, seq_q, seq_k, groups, head_size, scale,
@@ -326,9 +327,8 @@ def hopper_forward_kernel(
     # Keys of the first tile, the one at the list's end: the list may not fill it, and its last block may be ragged.
     last_block = gl.load(p_indices + (blocks - 1) * i_index)
     valid = (blocks - 1) % PARTS * BLOCK_K + gl.minimum(seq_k - last_block * BLOCK_K, BLOCK_K)
-    means = 0  # tiles of means
-    summaries = ()
-    if SUMMARY:
+    means, key_blocks, log_whole, log_last = 0, 0, 0.0, 0.0
+    if SUMMARY:  # tiles of means, and what is added to their scores: log2 of tokens
         key_blocks = gl.cdiv(seq_k, BLOCK_K)
         means = gl.where(blocks < key_blocks, gl.cdiv(key_blocks, TILE_K), 0)
         log_whole = gl.log2(BLOCK_K * 1.0) / scale
@@ -349,7 +349,8 @@ def hopper_forward_kernel(
         b_totals = b_out
         b_v = gl.allocate_shared_memory(d_v.dtype, [STAGES, 1, 1, TILE_K, D], d_v.layout)
     if SUMMARY:
-        b_biases = gl.allocate_shared_memory(gl.float32, [STAGES * TILE_K // 32, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        b_biases = gl.allocate_shared_memory(gl.float32, [STAGES * TILE_K // 32, 32], plain)
     else:
         b_biases = b_totals
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -382,8 +383,7 @@ def hopper_forward_kernel(
         head_size,
     )  # fmt: skip
     copied = (d_k, d_v, b_k, b_v)
-    if SUMMARY:
-        summaries = (d_keys, d_values, b_biases, key_blocks, log_whole, log_last)
+    summaries = (d_keys, d_values, b_biases, key_blocks, log_whole, log_last)
     gl.warp_specialize(
         [
             (_attend, (tiles, b_biases, rings, turns, lists, scales, rows, ends, 0, PARTS, ORDERED, SUMMARY)),
@@ -391,5 +391,5 @@ def hopper_forward_kernel(
             (produce, (copied, summaries, rings, lists, (i_b, i_h), PARTS, SUMMARY)),
         ],
         [4, 1],
-        [240 if SUMMARY else 240, 24 if SUMMARY else 24],
+        [240, 24],
     )

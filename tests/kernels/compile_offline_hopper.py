@@ -7,6 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from sparse_dit.kernels.attention_hopper import hopper_forward_kernel
+from sparse_dit.kernels.means_hopper import hopper_means_kernel
 
 # precision, head size, keys a block, with an order, with summaries
 VARIANTS = (
@@ -18,6 +19,7 @@ VARIANTS = (
     ("int8_fp8", 128, 128, False),
     ("int8_fp8", 128, 64, True),
 )
+MEANS = ((128, 128), (64, 32))  # head size, keys a block
 
 
 def descriptor(dtype: str, rows: int, columns: int) -> str:
@@ -57,7 +59,20 @@ def source(precision: str, head_size: int, block_k: int, ordered: bool, summary:
     return GluonASTSource(hopper_forward_kernel, signature, constexprs=constants, attrs={})
 
 
+def means_source(head_size: int, block_k: int) -> GluonASTSource:
+    fixed = {"D": head_size, "STAGES": 6 if head_size == 128 else 8}
+    types = dict.fromkeys(("d_k", "d_v"), descriptor("bf16", block_k, 64)) | dict.fromkeys(
+        ("p_keys", "p_values"), "*bf16"
+    )
+    names = hopper_means_kernel.arg_names
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+    constants = {(position,): fixed[name] for position, name in enumerate(names) if name in fixed}
+    return GluonASTSource(hopper_means_kernel, signature, constexprs=constants, attrs={})
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         for variant in VARIANTS:
             report(name, source(*variant), {"num_warps": 4})
+        for head_size, block_k in MEANS:
+            report(name, means_source(head_size, block_k), {"num_warps": 4})

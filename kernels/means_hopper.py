@@ -1,0 +1,81 @@
+"""Gluon: means of key and value blocks on sm_90, for the Hopper kernel to attend to.
+
+A third of the multiprocessors reads at the rate of the memory, so there are no more programs than that. The attention
+kernel, launched right behind as a dependent, starts on the other multiprocessors at once and waits for the means when
+it gets to them. Names as in `attention_hopper`.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from sparse_dit.kernels.copies_hopper import copy_block, thread_barrier
+
+TILE = gl.constexpr(128)  # tokens of a stage
+
+
+@gluon.jit
+def _load_tile(d_k, d_v, b_x, full, i_tile, tiles, half, heads):
+    """Starts the copy of a tile into a stage [1, 1, TILE, D]; the first half of all tiles is of k, the other of v."""
+    BLOCK_K: gl.constexpr = d_k.block_shape[2]
+    mbarrier.expect(full, TILE * b_x.shape[3] * b_x.dtype.primitive_bitwidth // 8)
+    i_bh = i_tile % half // tiles
+    for part in gl.static_range(TILE // BLOCK_K):
+        start = i_tile % tiles * TILE + part * BLOCK_K
+        if i_tile < half:
+            copy_block(d_k, i_bh // heads, i_bh % heads, start, full, b_x, part)
+        else:
+            copy_block(d_v, i_bh // heads, i_bh % heads, start, full, b_x, part)
+
+
+@gluon.jit
+def _store_means(b_x, p_means, i_bh, first, seq, head_size, BLOCK_K: gl.constexpr):
+    """Means of the blocks of a tile [TILE, D] of one head, from token `first` on."""
+    D: gl.constexpr = b_x.shape[1]
+    b_sum = gl.sum(b_x.to(gl.float32).reshape([TILE // BLOCK_K, BLOCK_K, D]), 1)
+    o_block = first // BLOCK_K + gl.arange(0, TILE // BLOCK_K, gl.SliceLayout(1, b_sum.type.layout))
+    o_dim = gl.arange(0, D, gl.SliceLayout(0, b_sum.type.layout))
+    tokens = gl.minimum(seq - o_block * BLOCK_K, BLOCK_K)
+    b_mean = b_sum / gl.expand_dims(tokens.to(gl.float32), 1)
+    o_mean = gl.expand_dims((i_bh * gl.cdiv(seq, BLOCK_K) + o_block) * head_size, 1) + gl.expand_dims(o_dim, 0)
+    m_mean = gl.expand_dims(tokens > 0, 1) & gl.expand_dims(o_dim < head_size, 0)
+    gl.store(p_means + o_mean, b_mean.to(p_means.dtype.element_ty), mask=m_mean)
+
+
+@gluon.jit
+def hopper_means_kernel(
+    d_k, d_v, p_keys, p_values, batch_heads, heads, seq, head_size, D: gl.constexpr, STAGES: gl.constexpr
+):
+    """mean_j = sum_i x_i / n, i over the n tokens of block j of k or of v; means lie [B, H, blocks, head size]."""
+    # Columns apart by warp: no sum goes from warp to warp.
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1024 // D, D // 32], [1, 4], [1, 0])
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1
+    )
+    tiles = gl.cdiv(seq, TILE)
+    half = batch_heads * tiles
+    b_ring = gl.allocate_shared_memory(d_k.dtype, [STAGES, 1, 1, TILE, D], d_k.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    fence_async_shared()
+    step = gl.num_programs(0)
+    for i in gl.static_range(STAGES):
+        ahead = gl.program_id(0) + i * step
+        if ahead < 2 * half:
+            _load_tile(d_k, d_v, b_ring.index(i), full.index(i), ahead, tiles, half, heads)
+    for taken in range(gl.cdiv(2 * half - gl.program_id(0), step)):
+        i_tile = gl.program_id(0) + taken * step
+        stage = taken % STAGES
+        mbarrier.wait(full.index(stage), (taken // STAGES) & 1)
+        b_x = b_ring.index(stage).reshape([TILE, D]).load(layout)
+        thread_barrier()  # all have read the stage
+        if i_tile + STAGES * step < 2 * half:
+            _load_tile(
+                d_k, d_v, b_ring.index(stage), full.index(stage), i_tile + STAGES * step, tiles, half, heads
+            )  # fmt: skip
+        i_bh, first = i_tile % half // tiles, i_tile % tiles * TILE
+        if i_tile < half:
+            _store_means(b_x, p_keys, i_bh, first, seq, head_size, d_k.block_shape[2])
+        else:
+            _store_means(b_x, p_values, i_bh, first, seq, head_size, d_k.block_shape[2])
