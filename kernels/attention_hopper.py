@@ -37,10 +37,10 @@ SCALE_GROUP = gl.constexpr(GROUP)
 
 
 @gluon.jit
-def _scores(b_q, b_k, stage, CODES: gl.constexpr, b_start, STARTED: gl.constexpr):
-    """Starts q k^T of a stage, [64, TILE], plus what it starts from where STARTED."""
-    b_k_rows = seen_as(b_k.index(stage), b_k.dtype, [b_start.shape[1], CODES], b_q.layout)
-    return warpgroup_mma(b_q, b_k_rows.permute((1, 0)), b_start, use_acc=STARTED, is_async=True)
+def _scores(b_q, b_k, stage, CODES: gl.constexpr, zero):
+    """Starts q k^T of a stage, [64, TILE]."""
+    b_k_rows = seen_as(b_k.index(stage), b_k.dtype, [zero.shape[1], CODES], b_q.layout)
+    return warpgroup_mma(b_q, b_k_rows.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -92,9 +92,7 @@ def _weigh(b_p, b_v, stage, b_acc, PARTS: gl.constexpr, V_LAYOUT: gl.constexpr, 
 
 
 @gluon.jit
-def _start_tile(
-    i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_start, STARTED: gl.constexpr, wg: gl.constexpr, PARTS: gl.constexpr
-):
+def _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, zero, wg: gl.constexpr, PARTS: gl.constexpr):
     """Starts the products of a tile, q k^T of its own and p v of the one before; returns q k^T, and p v on its way."""
     _, b_k, b_v, b_out, _ = tiles
     _, _, k_empty, v_full, _ = rings
@@ -107,9 +105,9 @@ def _start_tile(
     before = (i_tile - 1) % STAGES
     if not QUANTIZED:
         mbarrier.wait(turns.index(wg), (i_tile - 1) & 1)
-    b_s = _scores(b_q, b_k, stage, b_q.shape[1], b_start, STARTED)
+    b_s = _scores(b_q, b_k, stage, b_q.shape[1], zero)
     mbarrier.wait(v_full.index(before), ((i_tile - 1) // STAGES) & 1)
-    b_p = gl.convert_layout(b_p.reshape([64, b_start.shape[1]]), b_start.type.layout, assert_trivial=True)
+    b_p = gl.convert_layout(b_p.reshape([64, zero.shape[1]]), zero.type.layout, assert_trivial=True)
     b_acc = _weigh(b_p, b_v, before, b_acc, PARTS, v_layout, dtype)
     if not QUANTIZED:
         mbarrier.arrive(turns.index(1 - wg), count=1)
@@ -138,7 +136,7 @@ def _attend(
 ):  # fmt: skip
     """A consumer: 64 queries over all tiles of the list, the last tile first, the only one that needs a mask.
 
-    Then, where blocks are skipped, over the tiles of all means, whose scores start from `b_biases`.
+    Then, where blocks are skipped, over the tiles of all means, whose scores `b_biases` are added to.
     """
     b_queries, b_k, b_v, b_out, b_totals = tiles
     q_full, k_full, k_empty, v_full, _ = rings
@@ -175,7 +173,7 @@ def _attend(
     b_q = b_queries.index(wg).reshape([64, CODES])
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
-    b_first = _scores(b_q, b_k, 0, CODES, b_zero_s, False)
+    b_first = _scores(b_q, b_k, 0, CODES, b_zero_s)
     if QUANTIZED:
         b_q_scale = gl.load(p_q_scale + o_row, mask=o_row < seq_q, other=0.0)
         b_factor, b_lift = scales_of_parts(
@@ -197,7 +195,7 @@ def _attend(
         b_p, b_max, b_decay, b_sum = softmax(b_first, b_max, scale)
     mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=total > 1)
     for i_tile in range(1, count):
-        b_s, b_acc = _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, False, wg, PARTS)
+        b_s, b_acc = _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
         if QUANTIZED:
             b_s = b_s.reshape([64, PARTS, TILE_K // PARTS])
             b_p, b_max, b_decay, b_sums = softmax_of_parts(b_s, b_max, b_factor, b_lift)
@@ -220,9 +218,8 @@ def _attend(
         b_starts = seen_as(b_biases, gl.float32, [STAGES, TILE_K], b_biases.layout)
         for i_tile in range(count, total):
             b_bias = b_starts.index(i_tile % STAGES).load(gl.SliceLayout(0, s_layout))
-            b_start = gl.expand_dims(b_bias, 0).broadcast_to([64, TILE_K])
-            b_s, b_acc = _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_start, True, wg, PARTS)
-            b_p, b_max, b_decay, b_sums = softmax(b_s, b_max, scale)
+            b_s, b_acc = _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
+            b_p, b_max, b_decay, b_sums = softmax(b_s + gl.expand_dims(b_bias, 0), b_max, scale)
             b_p = b_p.to(dtype)
             b_sum = add_sums(b_sum, b_decay, b_sums)
             b_acc = _end_tile(i_tile, total, rings, b_acc, b_decay, STAGES)
