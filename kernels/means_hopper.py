@@ -47,8 +47,12 @@ def hopper_means_kernel(
     d_k, d_v, p_keys, p_values, batch_heads, heads, seq, head_size, D: gl.constexpr, STAGES: gl.constexpr
 ):
     """mean_j = sum_i x_i / n, i over the n tokens of block j of k or of v; means lie [B, H, blocks, head size]."""
-    # Columns apart by warp: no sum goes from warp to warp.
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1024 // D, D // 32], [1, 4], [1, 0])
+    BLOCK_K: gl.constexpr = d_k.block_shape[2]
+    PARTS: gl.constexpr = TILE // BLOCK_K
+    # Blocks, and the columns of one, apart by warp: no sum goes from warp to warp.
+    LANES: gl.constexpr = 1024 // (D * PARTS)
+    rows: gl.constexpr = 1 if PARTS == 1 else BLOCK_K // LANES
+    layout: gl.constexpr = gl.BlockedLayout([rows, 8], [LANES, 32 // LANES], [PARTS, 4 // PARTS], [1, 0])
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1
     )
@@ -60,10 +64,10 @@ def hopper_means_kernel(
         mbarrier.init(full.index(i), count=1)
     fence_async_shared()
     step = gl.num_programs(0)
-    for i in gl.static_range(STAGES):
-        ahead = gl.program_id(0) + i * step
-        if ahead < 2 * half:
-            _load_tile(d_k, d_v, b_ring.index(i), full.index(i), ahead, tiles, half, heads)
+    for stage in range(STAGES):
+        i_tile = gl.program_id(0) + stage * step
+        if i_tile < 2 * half:
+            _load_tile(d_k, d_v, b_ring.index(stage), full.index(stage), i_tile, tiles, half, heads)
     for taken in range(gl.cdiv(2 * half - gl.program_id(0), step)):
         i_tile = gl.program_id(0) + taken * step
         stage = taken % STAGES
@@ -74,8 +78,7 @@ def hopper_means_kernel(
             _load_tile(
                 d_k, d_v, b_ring.index(stage), full.index(stage), i_tile + STAGES * step, tiles, half, heads
             )  # fmt: skip
-        i_bh, first = i_tile % half // tiles, i_tile % tiles * TILE
-        if i_tile < half:
-            _store_means(b_x, p_keys, i_bh, first, seq, head_size, d_k.block_shape[2])
-        else:
-            _store_means(b_x, p_values, i_bh, first, seq, head_size, d_k.block_shape[2])
+        p_means = p_keys
+        if i_tile >= half:
+            p_means = p_values
+        _store_means(b_x, p_means, i_tile % half // tiles, i_tile % tiles * TILE, seq, head_size, BLOCK_K)
