@@ -90,31 +90,26 @@ def load_means(summaries, tiles, rings, lists, place, PARTS: gl.constexpr):
     BYTES: gl.constexpr = TILE_K * b_k.shape[4] * b_k.dtype.primitive_bitwidth // 8
     count = gl.cdiv(blocks, PARTS)
     gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1)
+    o_lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    # One block a thread at a time, and a number that the compiler does not see: the producer has few registers.
+    words = gl.inline_asm_elementwise("mov.b32 $0, 4;", "=r", [], gl.int32, is_pure=False, pack=1)
+    place = 0  # in the list, of its first entry that is still to come
     for i_mean in range(means):
         stage = (count + i_mean) % STAGES
         phase = ((count + i_mean) // STAGES) & 1
         mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        for warp in range(TILE_K // 32):  # one block a thread: the producer has few registers
-            o_block = i_mean * TILE_K + warp * 32 + gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-            b_bias = gl.where(o_block == key_blocks - 1, log_last, log_whole)
-            m_skipped = _is_skipped(p_indices, i_index, blocks, o_block) & (o_block < key_blocks)
-            b_biases.index(stage * (TILE_K // 32) + warp).store(gl.where(m_skipped, b_bias, -float("inf")))
+        for word in range(words):
+            first = i_mean * TILE_K + word * 32
+            b_entry = gl.load(p_indices + (place + o_lane) * i_index, mask=place + o_lane < blocks, other=1 << 30)
+            m_here = b_entry < first + 32  # the list ascends: what lies before `first` lies before `place`
+            listed = gl.sum(gl.where(m_here, 1 << (b_entry - first), 0), 0)
+            place += gl.sum(m_here.to(gl.int32), 0)
+            m_skipped = (((listed >> o_lane) & 1) == 0) & (first + o_lane < key_blocks)
+            b_bias = gl.where(first + o_lane == key_blocks - 1, log_last, log_whole)
+            b_biases.index(stage * (TILE_K // 32) + word).store(gl.where(m_skipped, b_bias, -float("inf")))
         thread_barrier()
         mbarrier.expect(k_full.index(stage), BYTES)
         copy_block(d_keys, i_b, i_h, i_mean * TILE_K, k_full.index(stage), b_k.index(stage), 0)
         mbarrier.wait(v_empty.index(stage), phase ^ 1)
         mbarrier.expect(v_full.index(stage), BYTES)
         copy_block(d_values, i_b, i_h, i_mean * TILE_K, v_full.index(stage), b_v.index(stage), 0)
-
-
-@gluon.jit
-def _is_skipped(p_indices, i_index, blocks, o_block):
-    """Whether blocks are not in the list, by bisection: it ascends."""
-    b_low = gl.zeros_like(o_block)  # the place of a block in the list, if it is there, is one of `left` from here on
-    left = blocks
-    while left > 1:
-        half = left // 2
-        b_entry = gl.load(p_indices + (b_low + half - 1) * i_index)
-        b_low += gl.where(b_entry < o_block, half, 0)
-        left -= half
-    return gl.load(p_indices + b_low * i_index) != o_block
