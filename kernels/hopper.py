@@ -94,9 +94,8 @@ def _means(d_k: TensorDescriptor, d_v: TensorDescriptor) -> list[TensorDescripto
     shape = (batch, heads, triton.cdiv(seq, d_k.block_shape[2]), head_size)
     keys, values = (d_k.base.new_empty(shape) for _ in "kv")
     wide = triton.next_power_of_2(head_size)
-    hopper_means_kernel[(min(MEANS_PROGRAMS, 2 * batch * heads * triton.cdiv(seq, _TILE)),)](
-        d_k, d_v, keys, values, batch * heads, heads, seq, head_size,
-        D=wide, STAGES=6 if wide == 128 else 8, num_warps=4,
+    hopper_means_kernel[(MEANS_PROGRAMS,)](
+        d_k, d_v, keys, values, batch * heads, heads, seq, head_size, D=wide, num_warps=4,
     )  # fmt: skip
     return [_descriptor(x, _TILE, _PANEL) for x in (keys, values)]
 

@@ -60,7 +60,7 @@ def source(precision: str, head_size: int, block_k: int, ordered: bool, summary:
 
 
 def means_source(head_size: int, block_k: int) -> GluonASTSource:
-    fixed = {"D": head_size, "STAGES": 6 if head_size == 128 else 8}
+    fixed = {"D": head_size}
     types = dict.fromkeys(("d_k", "d_v"), descriptor("bf16", block_k, 64)) | dict.fromkeys(
         ("p_keys", "p_values"), "*bf16"
     )
