@@ -93,9 +93,9 @@ def _means(d_k: TensorDescriptor, d_v: TensorDescriptor) -> list[TensorDescripto
     batch, heads, seq, head_size = d_k.shape
     shape = (batch, heads, triton.cdiv(seq, d_k.block_shape[2]), head_size)
     keys, values = (d_k.base.new_empty(shape) for _ in "kv")
-    wide = triton.next_power_of_2(head_size)
     hopper_means_kernel[(MEANS_PROGRAMS,)](
-        d_k, d_v, keys, values, batch * heads, heads, seq, head_size, D=wide, num_warps=4,
+        d_k, d_v, keys, values, batch * heads, heads, seq,
+        HEAD_SIZE=head_size, D=triton.next_power_of_2(head_size), num_warps=4,
     )  # fmt: skip
     return [_descriptor(x, _TILE, _PANEL) for x in (keys, values)]
 

@@ -19,7 +19,7 @@ VARIANTS = (
     ("int8_fp8", 128, 128, False),
     ("int8_fp8", 128, 64, True),
 )
-MEANS = ((128, 128), (64, 32))  # head size, keys a block
+MEANS = ((128, 128), (64, 32), (72, 64))  # head size, keys a block
 
 
 def descriptor(dtype: str, rows: int, columns: int) -> str:
@@ -60,7 +60,7 @@ def source(precision: str, head_size: int, block_k: int, ordered: bool, summary:
 
 
 def means_source(head_size: int, block_k: int) -> GluonASTSource:
-    fixed = {"D": head_size}
+    fixed = {"HEAD_SIZE": head_size, "D": 1 << (head_size - 1).bit_length()}
     types = dict.fromkeys(("d_k", "d_v"), descriptor("bf16", block_k, 64)) | dict.fromkeys(
         ("p_keys", "p_values"), "*bf16"
     )

@@ -68,4 +68,4 @@ def test_compiles_for(program, targets, kernels, tmp_path):
     if kernels is SUMMARY:
         assert len(on_hopper) == 8
     if kernels is HOPPER:
-        assert len(on_hopper) == 9
+        assert len(on_hopper) == 10
