@@ -1,7 +1,7 @@
 """Skipped blocks as summaries: each enters the softmax as one pseudo-key, its mean K and V, weighed by its count.
 
 A second attention, of all queries over the pseudo-keys of the blocks that their lists leave out, is merged exactly with
-the first, along the lists; in 16 bits the Hopper kernel does both in one pass (`attention_hopper`). This is how Sol-Attn
+the first, along the lists; in 16 bits the Hopper kernel does both at once (`attention_hopper`). This is how Sol-Attn
 (arXiv:2607.24027) treats blocks below its cutoff, and the zeroth order of PISA (arXiv:2602.01077). exp is convex, so
 the weight of a mean is at most the mean of the weights: the mass of a skipped block is underestimated. No correction of
 that is applied.
