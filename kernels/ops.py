@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from sparse_dit.kernels import memory
 from sparse_dit.kernels.backends import chosen_backend
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.gather import gather_tokens, scatter_tokens
@@ -73,7 +74,8 @@ def block_sparse_attention(
 
     Raises:
         ValueError: an argument is not as above, or the backend or the device cannot run it.
-        torch.OutOfMemoryError: the GPU lacks memory for what the call allocates, which the message tells.
+        torch.OutOfMemoryError: the GPU lacks memory for what the call allocates, which the message tells. Large calls
+            (`memory.LARGE`) find out before anything is launched.
     """
     _check_tensors(q, k, v)
     _check_blocks(q, k, blocks)
@@ -186,15 +188,16 @@ def _block_sparse_attention(
     ordered = None
     if q_ordered is not None and k_ordered is not None and v_ordered is not None:
         ordered = (q_ordered, k_ordered, v_ordered)
+    gathers = order if ordered is None else None
     try:
-        out, lse = _attend(q, k, v, *lists, scale, precision, backend, pv_threshold, ordered)
+        if backend != "host" and q.nbytes >= memory.LARGE:
+            memory.reserve(q, k, gathers, precision, backend)
+        out, lse = _attend(q, k, v, *lists, scale, precision, backend, skipped, pv_threshold, ordered)
     except torch.OutOfMemoryError as error:
-        from sparse_dit.kernels.memory import told_shortage
-
-        # Every kernel is launched on memory that is there: only what led up to the attention has run.
-        gathers = order if ordered is None else None
-        raise torch.OutOfMemoryError(told_shortage(q, k, gathers, precision, backend)) from error
-    if skipped == "summary":
+        # Every kernel is launched on memory that is there: at most what led up to the attention has run.
+        raise torch.OutOfMemoryError(memory.told_shortage(q, k, gathers, precision, backend)) from error
+    # In 16 bits the Hopper kernel attends to summaries itself.
+    if skipped == "summary" and (backend, precision) != ("hopper", "native"):
         from sparse_dit.kernels.summary import merge_summaries
 
         blocks = BlockList(indices, counts, block_q, block_k, key_blocks=-(-k.shape[2] // block_k))
@@ -214,10 +217,11 @@ def _attend(
     scale: float,
     precision: str,
     backend: str,
+    skipped: str,
     pv_threshold: float | None,
     ordered: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention along the lists alone, in the tokens' own order."""
+    """Attention along the lists, in the tokens' own order; where the Hopper kernel can, with summaries."""
     lists = (indices, counts, block_q, block_k)
     order = None if order is None else order.contiguous()  # kernels step through rows
     if precision != "native":
@@ -258,7 +262,7 @@ def _attend(
     from sparse_dit.kernels.hopper import hopper_attention
 
     q, k, v = (q, k, v) if ordered is None else ordered
-    return hopper_attention(q, k, v, indices, counts, order, block_q, block_k, scale)
+    return hopper_attention(q, k, v, indices, counts, order, block_q, block_k, scale, skipped == "summary")
 
 
 def _in_token_order(out: Tensor, lse: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
