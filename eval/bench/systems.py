@@ -44,6 +44,7 @@ SYSTEMS = (
     "quality",
     "balanced",
     "fast",
+    "cached",
     "sparge",
     "draft",
     "jenga",
