@@ -11,6 +11,7 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
+from sparse_dit.kernels.launches import device_of, launch_kernel
 from sparse_dit.kernels.pieces import aligned, pieces
 from sparse_dit.kernels.tiles import Launch, architecture, pinned
 
@@ -334,8 +335,9 @@ def triton_attention(
     ordered, skips = order is not None, pv_threshold is not None
     fixed = constants(head_size, block_q, block_k, k.shape[2], launch, ordered=ordered, skips=skips)
     grid = (triton.cdiv(seq_q, launch.tile_q), heads, batch)
-    with torch.cuda.device_of(q):
-        block_sparse_forward_kernel[grid](
+    with device_of(q):
+        launch_kernel(
+            block_sparse_forward_kernel, grid,
             q, k, v, order, out, lse, indices, counts, 0 if order is None or len(order) == 1 else order.stride(0),
             *pieces(q), *pieces(k), *pieces(v), *pieces(out), *lse.stride()[:2],
             *indices.stride(), *counts.stride(),

@@ -15,6 +15,7 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
+from sparse_dit.kernels.launches import device_of, launch_kernel
 from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
 
 # Elements a program moves, TOKENS places by COLUMNS of all heads' channels: 8 KB in 16 bits. A thread has four
@@ -132,8 +133,9 @@ def triton_gather(tensors: Sequence[Tensor], order: Tensor) -> list[Tensor]:
     strides = [stride for x in tensors for stride in (*(pieces(x) if whole else x.stride()[:-1]), x.stride(-1))]
     outs = [torch.empty(batch, seq, heads, head_size, dtype=x.dtype, device=x.device) for x in tensors]
     absent = 3 - roles
-    with torch.cuda.device_of(tensors[0]):
-        gather_kernel[triton.cdiv(seq, TOKENS), triton.cdiv(heads * head_size, COLUMNS), batch * roles](
+    with device_of(tensors[0]):
+        launch_kernel(
+            gather_kernel, (triton.cdiv(seq, TOKENS), triton.cdiv(heads * head_size, COLUMNS), batch * roles),
             *(None,) * absent, *tensors, *(None,) * absent, *outs, order, *(0,) * (4 * absent), *strides,
             order.stride(0), heads, seq,
             **constants(roles, head_size, len(order) == 1, PIECE_BYTES // tensors[0].element_size() if whole else 1),

@@ -1,27 +1,39 @@
 """Launches the Hopper kernel: what it takes, its TMA descriptors, its arguments."""
 
 import functools
+from typing import Any
 
 import torch
 import triton
-from einops import rearrange
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_dit.kernels.attention_hopper import hopper_forward_kernel
 from sparse_dit.kernels.launch_order_triton import launch_order
+from sparse_dit.kernels.launches import LIMIT, device_of, launch_kernel
 from sparse_dit.kernels.quantize import GROUP, LOG2_E, Quantized
 
 _PANEL = 64  # columns of 16 bits that one TMA box takes: 128 bytes, the widest swizzle
+_described: dict[tuple[Any, ...], dict[str, Any]] = {}  # fields of descriptors but the tensor, by what they follow from
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """TMA descriptor of [B, H, rows, columns] for boxes of `rows` by `columns`; what lies outside is read as zeros."""
+    key = (x.shape, x.stride(), x.dtype, rows, columns)
+    if fields := _described.get(key):
+        # Without its checks, which found nothing before.
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.__dict__.update(fields, base=x)
+        return descriptor
     bits = 8 * x.element_size()
     # Where there is one entry its stride is never used, and may be anything; TMA wants multiples of 16 bytes.
     strides = [128 // bits if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], [1, 1, rows, columns], _layout(columns, bits))
+    descriptor = TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], [1, 1, rows, columns], _layout(columns, bits))
+    if len(_described) >= LIMIT:
+        _described.clear()
+    _described[key] = {**vars(descriptor), "base": None}
+    return descriptor
 
 
 @functools.cache
@@ -90,20 +102,25 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     """Runs the kernel; out [B, S, H, D] is fresh memory, the lists are still of size 1 where they are shared."""
     batch, seq_q, heads, head_size = out.shape
-    out = rearrange(out, "b s h d -> b h s d")
-    lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=out.device)
-    rows = launch_order(counts).expand(batch, heads, -1)
-    indices = indices.expand(batch, heads, -1, -1)
-    counts = counts.expand(batch, heads, -1)
+    out = out.transpose(1, 2)  # einops would take as long as the launch
+    lse = out.new_empty((batch, heads, seq_q), dtype=torch.float32)
+    rows = launch_order(counts)
     order = scales[-1]
     wide = triton.next_power_of_2(head_size)
     query_blocks = counts.shape[2]
-    with torch.cuda.device_of(out):
-        hopper_forward_kernel[(batch * heads * query_blocks,)](
-            *descriptors, *scales, out, lse, indices, counts, rows,
+    with device_of(out):
+        launch_kernel(
+            hopper_forward_kernel, (batch * heads * query_blocks,),
+            *scales, out, lse, indices, counts, rows,
             0 if order is None or len(order) == 1 else order.stride(0),
-            *out.stride()[:3], *indices.stride(), *counts.stride(), *rows.stride()[:2],
+            *out.stride()[:3], *_shared(indices), *_shared(counts), *_shared(rows)[:2],
             heads, query_blocks, seq_q, seq_k, -(-seq_k // GROUP), head_size, scale,
-            ORDERED=order is not None, D=wide, STAGES=3 if wide == 128 else 4, num_warps=4,
+            ORDERED=order is not None, D=wide, STAGES=3 if wide == 128 else 4, num_warps=4, boxes=descriptors,
         )  # fmt: skip
     return out, lse
+
+
+def _shared(lists: Tensor) -> list[int]:
+    """Strides of a part of the lists, 0 where it is shared by batch entries or heads."""
+    sizes, strides = lists.shape, list(lists.stride())
+    return [0 if sizes[0] == 1 else strides[0], 0 if sizes[1] == 1 else strides[1], *strides[2:]]

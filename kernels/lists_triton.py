@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_dit.kernels.launches import device_of, launch_kernel
+
 LOWEST = tl.constexpr(-(2**31))
 RULES = ("mask", "top_k", "top_p", "top_p_crossing", "threshold")
 
@@ -189,8 +191,9 @@ def triton_lists(
     per_row = isinstance(budget, Tensor)
     budgets = budget.expand(scores.shape[:3]) if isinstance(budget, Tensor) else None
     fixed = constants(rule, k_blocks, forced=forced is not None, per_row=per_row)
-    with torch.cuda.device_of(scores):
-        select_kernel[(q_blocks, heads, batch)](
+    with device_of(scores):
+        launch_kernel(
+            select_kernel, (q_blocks, heads, batch),
             scores, budgets, forced, indices, counts, *scores.stride(),
             *(budgets.stride() if budgets is not None else (0, 0, 0)),
             *(forced.stride() if forced is not None else (0, 0, 0, 0)),
@@ -209,8 +212,9 @@ def triton_kth(scores: Tensor, budget: int | Tensor) -> Tensor:
     batch, heads, size = scores.shape
     kth = torch.empty(batch, heads, dtype=torch.float32, device=scores.device)
     per_head = isinstance(budget, Tensor)
-    with torch.cuda.device_of(scores):
-        kth_kernel[(batch * heads,)](
+    with device_of(scores):
+        launch_kernel(
+            kth_kernel, (batch * heads,),
             scores, kth, budget if per_head else None, 0 if per_head else budget, size, heads,
             PER_HEAD=per_head, CHUNK=min(KTH_CHUNK, triton.next_power_of_2(size)),
             num_warps=KTH_WARPS, enable_fp_fusion=True,

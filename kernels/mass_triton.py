@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparse_dit.kernels.attention import LOG2_E, column_split
+from sparse_dit.kernels.launches import device_of, launch_kernel
 from sparse_dit.kernels.pieces import aligned, pieces
 from sparse_dit.kernels.tiles import Launch, architecture, pinned
 
@@ -292,8 +293,9 @@ def triton_mass(
     fixed = constants(head_size, block_q, block_k, seq_k, launch)
     part_q, part_k = min(block_q, launch.tile_q), min(block_k, launch.tile_k)
     mass = _parts(q, block_q, block_k, part_q, part_k, seq_k)
-    with torch.cuda.device_of(q):
-        block_mass_kernel[(triton.cdiv(seq_q, launch.tile_q), heads, batch)](
+    with device_of(q):
+        launch_kernel(
+            block_mass_kernel, (triton.cdiv(seq_q, launch.tile_q), heads, batch),
             q, k, lse, mass, *pieces(q), *pieces(k), *lse.stride(), *mass.stride()[:3],
             seq_q, seq_k, scale * LOG2_E, **fixed,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,

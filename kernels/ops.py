@@ -4,11 +4,13 @@ Backends are imported when they first run, so importing this module loads torch 
 """
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from sparse_dit.kernels.alike import remembered
 from sparse_dit.kernels.backends import chosen_backend
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.gather import gather_tokens, scatter_tokens
@@ -70,20 +72,12 @@ def block_sparse_attention(
         ValueError: an argument is not as above, or the backend or the device cannot run it.
         torch.OutOfMemoryError: the GPU lacks memory for what the call allocates, which the message tells.
     """
-    _check_tensors(q, k, v)
-    _check_blocks(q, k, blocks)
-    _check_order(q, k, order)
+    backend = _checked(q, k, v, blocks, order, scale, precision, skipped, pv_threshold, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale: {scale!r}; valid: a positive finite number, or None for 1 / sqrt(D)")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: {precision!r}; valid: one of {PRECISIONS}")
-    if skipped not in SKIPPED:
-        raise ValueError(f"skipped: {skipped!r}; valid: one of {SKIPPED}")
-    if pv_threshold is not None and not 0 < pv_threshold < math.inf:
-        raise ValueError(f"pv_threshold: {pv_threshold!r}; valid: a positive finite number, or None to skip nothing")
-    backend = chosen_backend(q, k, v, blocks, precision, backend, pv_threshold)
-    out, lse = _block_sparse_attention(
+    run = _OPERATOR
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        run = _Forward.apply
+    out, lse = run(
         q,
         k,
         v,
@@ -99,6 +93,34 @@ def block_sparse_attention(
         pv_threshold,
     )
     return out, lse
+
+
+@remembered
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockList,
+    order: Tensor | None,
+    scale: float | None,
+    precision: str,
+    skipped: str,
+    pv_threshold: float | None,
+    backend: str | None,
+) -> str:
+    """The backend of a call whose arguments are as they must be. Raises ValueError otherwise."""
+    _check_tensors(q, k, v)
+    _check_blocks(q, k, blocks)
+    _check_order(q, k, order)
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale: {scale!r}; valid: a positive finite number, or None for 1 / sqrt(D)")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: {precision!r}; valid: one of {PRECISIONS}")
+    if skipped not in SKIPPED:
+        raise ValueError(f"skipped: {skipped!r}; valid: one of {SKIPPED}")
+    if pv_threshold is not None and not 0 < pv_threshold < math.inf:
+        raise ValueError(f"pv_threshold: {pv_threshold!r}; valid: a positive finite number, or None to skip nothing")
+    return chosen_backend(q, k, v, blocks, precision, backend, pv_threshold)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -143,7 +165,6 @@ def _check_order(q: Tensor, k: Tensor, order: Tensor | None) -> None:
         raise ValueError(f"order: on {order.device}; valid: {q.device}, where q is")
 
 
-@torch.library.custom_op("sparse_dit::block_sparse_attention", mutates_args=())
 def _block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -233,8 +254,7 @@ def _in_token_order(out: Tensor, lse: Tensor, order: Tensor | None) -> tuple[Ten
     return scatter_tokens(out, order, torch.empty_like(out)), scatter_tokens(lse, order, torch.empty_like(lse))
 
 
-@_block_sparse_attention.register_fake
-def _(
+def _fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -252,3 +272,23 @@ def _(
     batch, heads, seq_q, head_size = q.shape
     out = rearrange(q.new_empty(batch, seq_q, heads, head_size), "b s h d -> b h s d")
     return out, q.new_empty(batch, heads, seq_q, dtype=torch.float32)
+
+
+# Defined by hand: what `torch.library.custom_op` puts around a function takes three times as long.
+_library = torch.library.Library("sparse_dit", "FRAGMENT")
+_library.define("block_sparse_attention" + torch.library.infer_schema(_block_sparse_attention, mutates_args=()))
+_library.impl("block_sparse_attention", _block_sparse_attention, "CompositeExplicitAutograd")
+torch.library.register_fake("sparse_dit::block_sparse_attention", _fake, lib=_library)
+_OPERATOR = torch.ops.sparse_dit.block_sparse_attention.default
+
+
+class _Forward(torch.autograd.Function):
+    """The operator where gradients are recorded, so that asking for them is an error and not silence."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        return _OPERATOR(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError("block_sparse_attention: no gradients are computed; valid: inference")

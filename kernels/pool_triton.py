@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_dit.kernels.launches import device_of, launch_kernel
 from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
 
 
@@ -147,8 +148,9 @@ def triton_pool(
         subtracted=subtract is not None,
         similarity=similarity,
     )
-    with torch.cuda.device_of(x):
-        pool_kernel[(n_blocks, heads, batch)](
+    with device_of(x):
+        launch_kernel(
+            pool_kernel, (n_blocks, heads, batch),
             x, order, subtract, means, alike, *strides, x.stride(-1),
             *(order.stride() if order is not None else (0, 0)),
             *(subtract.stride() if subtract is not None else (0, 0, 0)),

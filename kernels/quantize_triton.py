@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_dit.kernels.launches import device_of, launch_kernel
 from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
 from sparse_dit.kernels.quantize import (
     CODE_ALIGN,
@@ -344,14 +345,16 @@ def triton_quantize(
     elif order is not None:
         v_codes = fresh(seq_k, head_size, dtype=v.dtype)
     signs, norms = _rotation_factors(head_size, q.dtype, q.device) if rotate else (None, None)
-    with torch.cuda.device_of(q):
-        sampled_means_kernel[heads, batch, 1 + fp8](
+    with device_of(q):
+        launch_kernel(
+            sampled_means_kernel, (heads, batch, 1 + fp8),
             k, v, signs, norms, k_mean, v_mean, *strides[1], *strides[2], seq_k, min(seq_k, SAMPLE),
             **means_constants(fixed), num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
         tiles = max(triton.cdiv(seq_q, GROUP), padded_k // GROUP)
         grid = (triton.cdiv(tiles, STEPS), batch * heads, 2 if v_codes is v else 2 + STEPS)
-        quantize_kernel[grid](
+        launch_kernel(
+            quantize_kernel, grid,
             q, k, v, order, k_mean, v_mean, signs, norms,
             q_codes, q_scale, lse_shift, k_codes, k_scale, v_codes, v_scale,
             *strides[0], *strides[1], *strides[2],

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_dit.kernels.launches import device_of, launch_kernel
+
 ROWS, TILE = 64, 64
 WARPS, STAGES = 8, 2
 PROGRAMS = 512  # that a launch aims at, whatever the GPU: enough for four on each multiprocessor of the largest
@@ -119,8 +121,9 @@ def triton_rows(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, scale: float) ->
     peak = torch.empty(out.shape[:-1], dtype=torch.float32, device=q.device)
     weight = torch.empty_like(peak)
     fixed = constants(head_size, q.dtype)
-    with torch.cuda.device_of(q):
-        rows_kernel[(count, spans, batch * heads)](
+    with device_of(q):
+        launch_kernel(
+            rows_kernel, (count, spans, batch * heads),
             q, k, v, masks.view(torch.uint8), out, peak, weight, scale * math.log2(math.e),
             *k.stride()[:3], *v.stride()[:3], masks.stride(1), heads, rows, keys, span, **fixed,
             num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=True,

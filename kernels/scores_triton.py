@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_dit.kernels.launches import device_of, launch_kernel
+
 
 @triton.jit
 def _product(b_q, m_row, p_k, o_column, k_parts, o_d, scale, HEAD_SIZE: tl.constexpr, PRECISION: tl.constexpr):
@@ -165,8 +167,9 @@ def triton_scores(
     factor = scale if reduction == "max" else scale * math.log2(math.e)
     fixed = constants(head_size, per_q, per_k, launch, reduction=reduction, dtype=q.dtype)
     grid = (triton.cdiv(k_blocks, launch.tile_k), triton.cdiv(q_blocks, launch.tile_q), batch * heads)
-    with torch.cuda.device_of(q):
-        scores_kernel[grid](
+    with device_of(q):
+        launch_kernel(
+            scores_kernel, grid,
             q, k, scores, factor, q_parts, k_parts, q_blocks, k_blocks, **fixed,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
@@ -198,8 +201,9 @@ def triton_part_means(x: Tensor, part: int, order: Tensor | None) -> Tensor:
     parts = triton.cdiv(tokens, part)
     means = torch.empty(batch, heads, parts, head_size, dtype=x.dtype, device=x.device)
     fixed = part_constants(head_size, part, ordered=order is not None, dtype=x.dtype)
-    with torch.cuda.device_of(x):
-        parts_kernel[(triton.cdiv(parts, PARTS), heads, batch)](
+    with device_of(x):
+        launch_kernel(
+            parts_kernel, (triton.cdiv(parts, PARTS), heads, batch),
             x, order, means, *x.stride()[:3], 0 if order is None else order.stride(0), tokens, parts, **fixed,
             num_warps=4, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip

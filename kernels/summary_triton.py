@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_dit.kernels.blocks import BlockList
+from sparse_dit.kernels.launches import device_of, launch_kernel
 from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
 from sparse_dit.kernels.tiles import Launch
 
@@ -306,11 +307,12 @@ def triton_merge(
     launch = launch_for(head_size, blocks.block_q)
     fixed = constants(head_size, blocks.block_q, launch, ordered=order is not None)
     tiles = triton.cdiv(triton.cdiv(seq_k, blocks.block_k), launch.tile_k)
-    with torch.cuda.device_of(q):
+    with device_of(q):
         keys, values = _means(k, v, blocks.block_k, tiles * launch.tile_k, order)
         log_counts, skipped, skipped_counts = _skipped_tiles(blocks, seq_k, tiles, launch.tile_k)
         query_blocks = blocks.counts.shape[2]
-        summary_kernel[(triton.cdiv(seq_q, launch.tile_q), heads, batch)](
+        launch_kernel(
+            summary_kernel, (triton.cdiv(seq_q, launch.tile_q), heads, batch),
             q, keys, values, out, lse, log_counts, skipped, skipped_counts, order,
             *q.stride(), *out.stride(),
             skipped_counts.stride(0) if len(skipped_counts) > 1 else 0,
@@ -331,7 +333,8 @@ def _means(k: Tensor, v: Tensor, block_k: int, rows: int, order: Tensor | None) 
     keys, values = (
         torch.empty(batch, heads, rows, triton.next_power_of_2(head_size), dtype=k.dtype, device=k.device) for _ in "kv"
     )
-    means_kernel[rows, batch * heads, 2](
+    launch_kernel(
+        means_kernel, (rows, batch * heads, 2),
         k, v, order, keys, values, *strides[0], *strides[1],
         0 if order is None or len(order) == 1 else order.stride(0), heads, seq, **fixed, num_warps=MEANS_WARPS,
     )  # fmt: skip
@@ -347,7 +350,8 @@ def _skipped_tiles(blocks: BlockList, seq_k: int, tiles: int, tile_k: int) -> tu
     skipped = torch.empty(*shape, tiles, dtype=torch.int32, device=device)
     skipped_counts = torch.empty(shape, dtype=torch.int32, device=device)
     steps = blocks.indices.shape[-1].bit_length()  # bisections that settle a list of this width
-    skipped_tiles_kernel[(shape[2], shape[1], shape[0])](
+    launch_kernel(
+        skipped_tiles_kernel, (shape[2], shape[1], shape[0]),
         blocks.indices, blocks.counts, log_counts, skipped, skipped_counts,
         *blocks.indices.stride(), *blocks.counts.stride(),
         k_blocks, tiles, steps, math.log2(blocks.block_k), math.log2(seq_k - (k_blocks - 1) * blocks.block_k),
