@@ -29,7 +29,7 @@ def device_of(x: Tensor) -> AbstractContextManager[Any]:
     return _here if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
-def launch_kernel(kernel: Any, grid: Sequence[int], *args: Any, boxes: Sequence[Any] = (), **fixed: Any) -> None:
+def launch_kernel(kernel: Any, grid: Sequence[int], *args: Any, boxes: Any = (), **fixed: Any) -> None:
     """`kernel[grid](*boxes, *args, **fixed)` on the current device.
 
     Args:

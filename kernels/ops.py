@@ -74,7 +74,7 @@ def block_sparse_attention(
     """
     backend = _checked(q, k, v, blocks, order, scale, precision, skipped, pv_threshold, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    run = _OPERATOR
+    run: Any = _OPERATOR
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         run = _Forward.apply
     out, lse = run(
