@@ -8,9 +8,10 @@ import torch
 from sparse_dit.apart import attend_chosen, choose_clustered
 from sparse_dit.kernels.backends import told_backend
 from sparse_dit.kernels.blocks import BlockList
+from sparse_dit.kernels.density import measured_density
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
-from sparse_dit.layout import TokenLayout, block_spans, text_blocks
+from sparse_dit.layout import TokenLayout, text_blocks
 from sparse_dit.orders import Clusters, Order, Rows
 from sparse_dit.parallel import ALL_HERE, Heads
 from sparse_dit.recipe import Recipe
@@ -251,27 +252,3 @@ def _whole(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     blocks = _plan(Rows(), Every(), layout, recipe.block_q, recipe.block_k, q.device, 1, ALL_HERE).blocks
     return block_sparse_attention(q, k, v, blocks, scale=scale)
-
-
-def measured_density(blocks: BlockList, length: int) -> torch.Tensor:
-    """`BlockList.density` of a square call as a float64 scalar on the lists' device, which is not read back.
-
-    Args:
-        blocks: the lists.
-        length: tokens of the sequence.
-    """
-    # A row ascends, so its last entry tells whether it has the ragged block at the end of the sequence.
-    key_blocks = -(-length // blocks.block_k)
-    missing = key_blocks - length / blocks.block_k
-    width = blocks.counts.double()
-    if missing:
-        last = blocks.indices.gather(-1, blocks.counts[..., None].long() - 1).squeeze(-1)
-        width = torch.add(width, last == key_blocks - 1, alpha=-missing)
-    return (width @ _row_shares(length, blocks.block_q, blocks.block_k, width.device)).mean()
-
-
-@functools.lru_cache(maxsize=16)
-def _row_shares(length: int, block_q: int, block_k: int, device: torch.device) -> torch.Tensor:
-    """What one key block adds to the density of a square call, by the block of queries; float64 [QB]."""
-    first, end = block_spans(length, block_q)
-    return ((end - first).double() * block_k / length**2).to(device)

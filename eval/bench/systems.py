@@ -24,12 +24,13 @@ from einops import rearrange
 from torch import Tensor
 
 from sparse_dit.apart import choose_clustered
-from sparse_dit.calls import describe, measured_density, plan
+from sparse_dit.calls import describe, plan
 from sparse_dit.eval import results
 from sparse_dit.eval.bench.cases import GRIDS, Case, Shape, read_shape
 from sparse_dit.eval.bench.clock import Clock, CudaClock, HostClock
 from sparse_dit.eval.bench.inputs import Inputs
 from sparse_dit.eval.bench.yardsticks import dense_kernel, yardstick
+from sparse_dit.kernels.density import measured_density
 from sparse_dit.kernels.gather import gather_tokens, scatter_tokens
 from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.layout import TokenLayout

@@ -11,7 +11,14 @@ from typing import Any
 from offline import architecture_of, report, target_of
 from triton.compiler import ASTSource
 
-from sparse_dit.kernels import launch_order_triton, lists_triton, mass_triton, pool_triton
+from sparse_dit.kernels import (
+    bits_triton,
+    density_triton,
+    launch_order_triton,
+    lists_triton,
+    mass_triton,
+    pool_triton,
+)
 
 POINTERS = {
     "p_order": "*i64",
@@ -23,6 +30,8 @@ POINTERS = {
     "p_forced": "*u8",
     "p_indices": "*i32",
     "p_counts": "*i32",
+    "p_bits": "*u8",
+    "p_density": "*fp64",
 }
 ALIGNED = ("p_", "lse_", "subtract_")  # strides of tokens are not: of heads of 72 channels they are no multiples of 16
 
@@ -74,6 +83,10 @@ def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, An
     yield lists_triton.kth_kernel, fixed, types, lists_triton.KTH_WARPS, 3
     fixed = {"ROWS": launch_order_triton.ROWS}
     yield launch_order_triton.rank_rows_kernel, fixed, {"p_rows": "*i32"}, launch_order_triton.WARPS, 3
+    fixed = {"BLOCK_Q": 128, "BLOCK_K": 64, "ROWS": density_triton.ROWS}
+    yield density_triton.density_kernel, fixed, {}, density_triton.WARPS, 3
+    yield bits_triton.bits_to_lists_kernel, {"WIDTH": 1024}, {}, bits_triton.WARPS, 3
+    yield bits_triton.lists_to_bits_kernel, {"WIDTH": 128}, {}, 1, 3
 
 
 def main(target_name: str) -> None:

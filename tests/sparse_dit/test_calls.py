@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse_dit.calls import attend, measured_density, plan
+from sparse_dit.calls import attend, plan
 from sparse_dit.engine import HEADS_FIRST, Run
 from sparse_dit.forecast import forecast, whole_steps
-from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Axes, Hilbert, Rows, Tiles, TimeMajor
 from sparse_dit.recipe import Recipe, load_recipe
@@ -226,17 +225,6 @@ def test_refreshes_are_counted_apart_from_sparse_calls() -> None:
     assert summary.density is not None
     assert 0.3 < summary.density < 0.6
     assert summary.run_density == pytest.approx(0.5 + 0.5 * summary.density)
-
-
-@pytest.mark.parametrize("length", [180, 192, 5])
-@pytest.mark.parametrize("block_q", [16, 64])
-@pytest.mark.parametrize("block_k", [16, 32])
-def test_the_density_on_the_device_is_that_of_the_lists(length: int, block_q: int, block_k: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(2, 3, -(-length // block_q), -(-length // block_k), generator=generator) < 0.4
-    mask[..., 0] = True
-    blocks = mask_to_lists(mask, block_q, block_k)
-    assert float(measured_density(blocks, length)) == pytest.approx(blocks.density(length, length), rel=1e-12)
 
 
 def test_the_plan_of_a_dynamic_recipe_is_refused() -> None:
