@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from sparse_dit.kernels.blocks import BlockList
-from sparse_dit.kernels.pieces import PIECE_BYTES
 
 LIMIT = 4096
 """Answers that are remembered; then all are forgotten, for a program whose sizes differ in every call."""
@@ -24,8 +23,8 @@ def remembered(ask: Callable[..., T]) -> Callable[..., T]:
     """The function, asked once for all arguments that look alike; errors are not remembered.
 
     It takes positional arguments, the first of which is a tensor, and may read of tensors the shape, the strides, the
-    dtype, the device and whether they start at a piece of 16 bytes; of block lists the shape, the device and the sizes
-    of blocks; anything of other arguments, which are hashable.
+    dtype, the device and whether they start at a multiple of 16 bytes; of block lists the shape, the device and the
+    sizes of blocks; anything of other arguments, which are hashable.
     """
     answers: dict[Hashable, T] = {}
 
@@ -48,7 +47,7 @@ def remembered(ask: Callable[..., T]) -> Callable[..., T]:
 
 def _look(x: Any) -> Hashable:
     if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % PIECE_BYTES == 0
+        return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0
     if isinstance(x, BlockList):
         return x.indices.shape, x.indices.device, x.block_q, x.block_k, x.key_blocks
     return x, type(x)

@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sparse_dit.kernels.attention_hopper import hopper_forward_kernel
 from sparse_dit.kernels.launch_order_triton import launch_order
 from sparse_dit.kernels.launches import LIMIT, device_of, launch_kernel
+from sparse_dit.kernels.lift_triton import lifts
 from sparse_dit.kernels.quantize import GROUP, LOG2_E, Quantized
 
 _PANEL = 64  # columns of 16 bits that one TMA box takes: 128 bytes, the widest swizzle
@@ -67,28 +68,13 @@ def hopper_quantized_attention(
 ) -> tuple[Tensor, Tensor]:
     """The same on codes made with the same order. Returns out in `dtype` and lse, both in the tokens' own order."""
     wide, code_width = triton.next_power_of_2(codes.head_size), triton.next_power_of_2(codes.q.shape[-1])
-    lift, top = (None, None) if codes.v_scale is None else _lift(codes.v_scale)
+    lift, top = (None, None) if codes.v_scale is None else lifts(codes.v_scale)
     d_v = _descriptor(codes.v, block_k, _PANEL) if top is None else _descriptor(codes.v, wide, block_k)
     descriptors = (_descriptor(codes.q, 64, code_width), _descriptor(codes.k, block_k, code_width), d_v)
     scales = (codes.q_scale, codes.lse_shift, codes.k_scale, lift, top, codes.v_mean, order)
     batch, heads, seq_q = codes.q_scale.shape
     out = torch.empty(batch, seq_q, heads, codes.head_size, dtype=dtype, device=codes.q.device)
     return _launch(descriptors, scales, out, codes.seq_k, indices, counts, 1.0)
-
-
-def _lift(v_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """What the kernel adds to the logarithms of weights, and what it divides sums by, to take the scales of values in.
-
-    The largest weight, 1, becomes 2^8 where it meets values of the largest scale: E4M3 ends at 448.
-
-    Args:
-        v_scale: fp32 [B, H, groups], positive.
-
-    Returns:
-        lift, base 2, [B, H, groups], 8 at most; the largest scale [B, H].
-    """
-    top = v_scale.amax(dim=-1)
-    return (v_scale / top[..., None]).log2_().add_(8.0), top
 
 
 def _launch(

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sparse_dit.kernels.alike import remembered
+
 PIECE_BYTES = 16  # what a thread loads at once
 
 
@@ -23,3 +25,19 @@ def pieces(x: Tensor) -> list[int]:
     piece = PIECE_BYTES // x.element_size()
     # Where there is one entry its stride is never used, and may be anything.
     return [stride // piece for stride in x.stride()[:-1]]
+
+
+@remembered
+def steps(*tensors: Tensor) -> tuple[int, tuple[int, ...]]:
+    """How kernels that take any tensors step through some.
+
+    Args:
+        tensors: [B, H, S, D] each, all of one dtype.
+
+    Returns:
+        The elements of a piece of 16 bytes where all of them are `aligned`, else 1; and of each tensor the strides of
+        batch entries, heads and tokens in such pieces, and that of channels in elements.
+    """
+    whole = all(is_aligned(x) for x in tensors)
+    strides = tuple(stride for x in tensors for stride in (*(pieces(x) if whole else x.stride()[:-1]), x.stride(-1)))
+    return PIECE_BYTES // tensors[0].element_size() if whole else 1, strides

@@ -35,6 +35,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "dense": {"selection": {"name": "all"}},
     "static": {"selection": {"name": "radial", "density": 0.5}, **BLOCKS},
     "static, int8": {"selection": {"name": "radial", "density": 0.5}, "precision": "int8", **BLOCKS},
+    "static, int8_fp8": {"selection": {"name": "radial", "density": 0.5}, "precision": "int8_fp8", **BLOCKS},
     "static, ordered": {
         "selection": {"name": "window", "tile": [1, 8, 8], "size": [1, 1, 1]},
         "order": {"name": "tiles", "tile": [1, 8, 8]},

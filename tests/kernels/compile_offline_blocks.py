@@ -15,6 +15,7 @@ from sparse_dit.kernels import (
     bits_triton,
     density_triton,
     launch_order_triton,
+    lift_triton,
     lists_triton,
     mass_triton,
     pool_triton,
@@ -87,6 +88,7 @@ def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, An
     yield density_triton.density_kernel, fixed, {}, density_triton.WARPS, 3
     yield bits_triton.bits_to_lists_kernel, {"WIDTH": 1024}, {}, bits_triton.WARPS, 3
     yield bits_triton.lists_to_bits_kernel, {"WIDTH": 128}, {}, 1, 3
+    yield lift_triton.lift_kernel, {"WIDTH": 1024}, {"p_scale": "*fp32", "p_lift": "*fp32", "p_top": "*fp32"}, 4, 3
 
 
 def main(target_name: str) -> None:

@@ -21,7 +21,7 @@ TARGETS = {
 ATTENTION = {"block_sparse_forward_kernel", "int8_forward_kernel", "quantize_kernel", "sampled_means_kernel"}
 ATTENTION |= {"gather_kernel"}
 BLOCKS = {"pool_kernel", "block_mass_kernel", "select_kernel", "kth_kernel", "rank_rows_kernel"}
-BLOCKS |= {"density_kernel", "bits_to_lists_kernel", "lists_to_bits_kernel"}
+BLOCKS |= {"density_kernel", "bits_to_lists_kernel", "lists_to_bits_kernel", "lift_kernel"}
 CHOOSING = {"scores_kernel", "parts_kernel", "rows_kernel"}
 SUMMARY = {"means_kernel", "skipped_tiles_kernel", "summary_kernel"}
 # Program, the targets of one run of it, its kernels. The longest goes target by target, for the sake of two cores.
