@@ -11,7 +11,7 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from sparse_dit.kernels.launches import device_of, launch_kernel
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
 from sparse_dit.kernels.pieces import aligned, pieces
 from sparse_dit.kernels.tiles import Launch, architecture, pinned
 
@@ -264,7 +264,7 @@ def column_split(head_size: int) -> tuple[int, int]:
     """
     main = 1 << (head_size.bit_length() - 1)
     rest = head_size - main
-    return main, max(16, triton.next_power_of_2(rest)) if rest else 0
+    return main, max(16, power_of_2(rest)) if rest else 0
 
 
 def launch_for(head_size: int, block_q: int, block_k: int, arch: str) -> Launch:
@@ -334,7 +334,7 @@ def triton_attention(
     launch = launch_for(head_size, block_q, block_k, architecture(q.device))
     ordered, skips = order is not None, pv_threshold is not None
     fixed = constants(head_size, block_q, block_k, k.shape[2], launch, ordered=ordered, skips=skips)
-    grid = (triton.cdiv(seq_q, launch.tile_q), heads, batch)
+    grid = (cdiv(seq_q, launch.tile_q), heads, batch)
     with device_of(q):
         launch_kernel(
             block_sparse_forward_kernel, grid,

@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparse_dit.kernels.attention import LOG2_E, any_within, column_split, weighted
-from sparse_dit.kernels.launches import device_of, launch_kernel
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel
 from sparse_dit.kernels.pieces import aligned, pieces
 from sparse_dit.kernels.quantize import CODE_ALIGN, GROUP, Quantized, padded
 from sparse_dit.kernels.tiles import Launch, architecture, pinned
@@ -376,7 +376,7 @@ def triton_quantized_attention(
     launch = launch_for(precision, codes.head_size, block_q, block_k, architecture(codes.q.device))
     ordered, skips = order is not None, pv_threshold is not None
     fixed = constants(precision, codes.head_size, block_q, block_k, codes.seq_k, ordered, launch, skips=skips)
-    grid = (triton.cdiv(seq_q, launch.tile_q), heads, batch)
+    grid = (cdiv(seq_q, launch.tile_q), heads, batch)
     with device_of(codes.q):
         launch_kernel(
             int8_forward_kernel, grid,

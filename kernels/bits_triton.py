@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_dit.kernels.blocks import BlockList
-from sparse_dit.kernels.launches import device_of, launch_kernel
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
 
 WARPS = 4
 
@@ -76,7 +76,7 @@ def triton_bits_to_lists(bits: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]
     with device_of(bits):
         launch_kernel(
             bits_to_lists_kernel, (counts.numel(),), bits, indices, counts, key_blocks, bits.shape[3],
-            WIDTH=triton.next_power_of_2(key_blocks), num_warps=WARPS,
+            WIDTH=power_of_2(key_blocks), num_warps=WARPS,
         )  # fmt: skip
     return indices, counts
 
@@ -85,12 +85,12 @@ def triton_lists_to_bits(blocks: BlockList, key_blocks: int) -> Tensor:
     """Lists over at most `key_blocks` blocks to bits [B, H, QB, ceil(KB / 8)]."""
     indices, counts = blocks.indices, blocks.counts
     _, heads, rows = counts.shape
-    row_bytes = triton.cdiv(key_blocks, 8)
+    row_bytes = cdiv(key_blocks, 8)
     bits = torch.empty((*counts.shape, row_bytes), dtype=torch.uint8, device=counts.device)
     with device_of(counts):
         launch_kernel(
             lists_to_bits_kernel, (counts.numel(),), indices, counts, bits, *indices.stride(), *counts.stride(),
             heads, rows, row_bytes, indices.shape[3].bit_length(),
-            WIDTH=triton.next_power_of_2(row_bytes), num_warps=1,
+            WIDTH=power_of_2(row_bytes), num_warps=1,
         )  # fmt: skip
     return bits

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_dit.kernels.launches import device_of, launch_kernel
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel
 from sparse_dit.kernels.pieces import steps
 
 # Elements a program moves, TOKENS places by COLUMNS of all heads' channels: 8 KB in 16 bits. A thread has four
@@ -132,7 +132,7 @@ def triton_gather(tensors: Sequence[Tensor], order: Tensor) -> list[Tensor]:
     absent = 3 - roles
     with device_of(tensors[0]):
         launch_kernel(
-            gather_kernel, (triton.cdiv(seq, TOKENS), triton.cdiv(heads * head_size, COLUMNS), batch * roles),
+            gather_kernel, (cdiv(seq, TOKENS), cdiv(heads * head_size, COLUMNS), batch * roles),
             *(None,) * absent, *tensors, *(None,) * absent, *outs, order, *(0,) * (4 * absent), *strides,
             order.stride(0), heads, seq,
             **constants(roles, head_size, len(order) == 1, piece),

@@ -4,14 +4,13 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_dit.kernels.attention_hopper import hopper_forward_kernel
 from sparse_dit.kernels.launch_order_triton import launch_order
-from sparse_dit.kernels.launches import LIMIT, device_of, launch_kernel
+from sparse_dit.kernels.launches import LIMIT, device_of, launch_kernel, power_of_2
 from sparse_dit.kernels.lift_triton import lifts
 from sparse_dit.kernels.quantize import GROUP, LOG2_E, Quantized
 
@@ -57,7 +56,7 @@ def hopper_attention(
 
     With an order q, k and v are in it already; out and lse go to the tokens' own places.
     """
-    wide = triton.next_power_of_2(q.shape[-1])
+    wide = power_of_2(q.shape[-1])
     descriptors = (_descriptor(q, 64, wide), _descriptor(k, block_k, _PANEL), _descriptor(v, block_k, _PANEL))
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
     return _launch(descriptors, (*(None,) * 6, order), out, k.shape[2], indices, counts, scale * LOG2_E)
@@ -67,7 +66,7 @@ def hopper_quantized_attention(
     codes: Quantized, indices: Tensor, counts: Tensor, order: Tensor | None, block_k: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The same on codes made with the same order. Returns out in `dtype` and lse, both in the tokens' own order."""
-    wide, code_width = triton.next_power_of_2(codes.head_size), triton.next_power_of_2(codes.q.shape[-1])
+    wide, code_width = power_of_2(codes.head_size), power_of_2(codes.q.shape[-1])
     lift, top = (None, None) if codes.v_scale is None else lifts(codes.v_scale)
     d_v = _descriptor(codes.v, block_k, _PANEL) if top is None else _descriptor(codes.v, wide, block_k)
     descriptors = (_descriptor(codes.q, 64, code_width), _descriptor(codes.k, block_k, code_width), d_v)
@@ -92,7 +91,7 @@ def _launch(
     lse = out.new_empty((batch, heads, seq_q), dtype=torch.float32)
     rows = launch_order(counts)
     order = scales[-1]
-    wide = triton.next_power_of_2(head_size)
+    wide = power_of_2(head_size)
     query_blocks = counts.shape[2]
     with device_of(out):
         launch_kernel(

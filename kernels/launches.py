@@ -23,6 +23,16 @@ _leading: dict[Callable[..., Any], int] = {}
 _here = nullcontext()
 
 
+def cdiv(size: int, by: int) -> int:
+    """The quotient rounded up. Triton's own, and that of `power_of_2`, are a microsecond or two slower each."""
+    return -(-size // by)
+
+
+def power_of_2(size: int) -> int:
+    """The least power of two that is not below a positive size."""
+    return 1 << (size - 1).bit_length()
+
+
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Within the block kernels are launched on the device of x; costs next to nothing where that is current."""
     index = x.get_device()
@@ -45,9 +55,13 @@ def launch_kernel(kernel: Any, grid: Sequence[int], *args: Any, boxes: Any = (),
     kinds: list[Hashable] = [(box.base.dtype, *box.block_shape) for box in boxes]
     addresses: list[int | None] = []
     for x in args[:count]:
-        address = None if x is None else x.data_ptr()
-        addresses.append(address)
-        kinds += (None,) if address is None else (x.dtype, address % 16 == 0)
+        if x is None:
+            addresses.append(None)
+            kinds.append(None)
+        else:
+            address = x.data_ptr()
+            addresses.append(address)
+            kinds.append(x.dtype if address % 16 == 0 else (x.dtype,))
     numbers = args[count:]
     # 1 and 1.0 are one key of a dict, and two types of an argument.
     types = tuple(map(type, numbers))

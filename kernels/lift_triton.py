@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_dit.kernels.launches import device_of, launch_kernel
+from sparse_dit.kernels.launches import device_of, launch_kernel, power_of_2
 
 
 @triton.jit
@@ -39,6 +39,6 @@ def lifts(v_scale: Tensor) -> tuple[Tensor, Tensor]:
     with device_of(v_scale):
         launch_kernel(
             lift_kernel, (batch * heads,), v_scale, lift, top, groups,
-            WIDTH=triton.next_power_of_2(groups), num_warps=4,
+            WIDTH=power_of_2(groups), num_warps=4,
         )  # fmt: skip
     return lift, top

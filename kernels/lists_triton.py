@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_dit.kernels.launches import device_of, launch_kernel
+from sparse_dit.kernels.launches import device_of, launch_kernel, power_of_2
 
 LOWEST = tl.constexpr(-(2**31))
 RULES = ("mask", "top_k", "top_p", "top_p_crossing", "threshold")
@@ -160,7 +160,7 @@ def warps_for(k_blocks: int) -> int:
 
 def constants(rule: str, k_blocks: int, *, forced: bool, per_row: bool) -> dict[str, object]:
     """The kernel's compile-time arguments."""
-    return {"RULE": rule, "FORCED": forced, "PER_ROW": per_row, "WIDTH": triton.next_power_of_2(k_blocks)}
+    return {"RULE": rule, "FORCED": forced, "PER_ROW": per_row, "WIDTH": power_of_2(k_blocks)}
 
 
 def triton_lists(
@@ -216,7 +216,7 @@ def triton_kth(scores: Tensor, budget: int | Tensor) -> Tensor:
         launch_kernel(
             kth_kernel, (batch * heads,),
             scores, kth, budget if per_head else None, 0 if per_head else budget, size, heads,
-            PER_HEAD=per_head, CHUNK=min(KTH_CHUNK, triton.next_power_of_2(size)),
+            PER_HEAD=per_head, CHUNK=min(KTH_CHUNK, power_of_2(size)),
             num_warps=KTH_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return kth

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_dit.kernels.launches import device_of, launch_kernel
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
 from sparse_dit.kernels.pieces import steps
 from sparse_dit.kernels.quantize import (
     CODE_ALIGN,
@@ -281,7 +281,7 @@ def launch_options(head_size: int, arch: str) -> dict[str, Any]:
 
 def constants(precision: str, head_size: int, ordered: bool, rotate: bool, piece: int) -> dict[str, Any]:
     """The compile-time arguments of `quantize_kernel`."""
-    width = triton.next_power_of_2(head_size)
+    width = power_of_2(head_size)
     return {
         "FP8": precision == "int8_fp8",
         "ORDERED": ordered,
@@ -322,7 +322,7 @@ def _settings(
 @lru_cache
 def _rotation_factors(head_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """The rotation of the first min(D, ROTATED) channels: signs [PART, PART] and fp32 factors [PART], zero behind D."""
-    width = min(triton.next_power_of_2(head_size), ROTATED)
+    width = min(power_of_2(head_size), ROTATED)
     matrix = torch.zeros(width, width)
     size = min(head_size, ROTATED)
     matrix[:size, :size] = rotation(size)
@@ -359,8 +359,8 @@ def triton_quantize(
             k, v, signs, norms, k_mean, v_mean, *strides[4:], seq_k, min(seq_k, SAMPLE),
             **means_fixed, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
-        tiles = max(triton.cdiv(seq_q, GROUP), padded_k // GROUP)
-        grid = (triton.cdiv(tiles, STEPS), batch * heads, 2 if v_codes is v else 2 + STEPS)
+        tiles = max(cdiv(seq_q, GROUP), padded_k // GROUP)
+        grid = (cdiv(tiles, STEPS), batch * heads, 2 if v_codes is v else 2 + STEPS)
         launch_kernel(
             quantize_kernel, grid,
             q, k, v, order, k_mean, v_mean, signs, norms,
