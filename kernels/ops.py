@@ -291,4 +291,4 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError("block_sparse_attention: no gradients are computed; valid: inference")
+        raise RuntimeError("block_sparse_attention: has no autograd formula; valid: inference, without gradients")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from sparse_dit.eval.host_table import host
 from sparse_dit.eval.models_table import gains, models
 from sparse_dit.eval.systems_table import overhead, systems
 from sparse_dit.eval.tables import pages, speed
@@ -129,3 +130,18 @@ def test_overhead_shows_the_last_row_of_each_and_what_is_above_its_limit() -> No
         "| b |  |  |  | 0.5 % | 1.0 % |  |",
     ]
     assert overhead([]) == "No rows yet."
+
+
+def test_host_times_show_the_last_row_of_each_gpu() -> None:
+    def row(name: str, own: float, kind: str = "cuda", **beyond: float) -> dict[str, Any]:
+        return {"device": {"type": kind, "name": name}, "own_us": own, "beyond_us": beyond}
+
+    text = host([row("A", 1.0, static=2.0), row("A", 29.4, static=99.6, kept=7.0), row("B", 30.0, static=100.4)])
+    assert text.splitlines() == [
+        "| us of host time a call | A | B |",
+        "| --- | ---: | ---: |",
+        "| stock itself | 29 | 30 |",
+        "| static, beyond stock | 100 | 100 |",
+        "| kept, beyond stock | 7 |  |",
+    ]
+    assert host([]) == host([row("a CPU", 1.0, kind="cpu")]) == "Not measured yet."

@@ -42,7 +42,6 @@ def test_what_looks_alike_is_asked_once():
         (torch.ones(2, 3), mask_to_lists(torch.ones(1, 1, 2, 2, dtype=torch.bool), 32, 64), 1.0),
         (torch.ones(2, 3), LISTS.to("meta"), 1.0),
         (torch.ones(2, 3), LISTS, 2.0),
-        (torch.ones(2, 3), LISTS, 1),
         (torch.ones(2, 3), LISTS, None),
         (torch.ones(2, 3), LISTS, torch.ones(2)),
     ],
