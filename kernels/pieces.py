@@ -10,9 +10,10 @@ PIECE_BYTES = 16  # what a thread loads at once
 
 def is_aligned(x: Tensor) -> bool:
     """Whether channels of x [..., D] lie side by side and each row of them starts at a multiple of 16 bytes."""
-    piece = PIECE_BYTES // x.element_size()
-    rows = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
-    return x.stride(-1) == 1 and x.data_ptr() % PIECE_BYTES == 0 and all(stride % piece == 0 for stride in rows)
+    strides, piece = x.stride(), PIECE_BYTES // x.element_size()
+    if strides[-1] != 1 or x.data_ptr() % PIECE_BYTES:
+        return False
+    return all(stride % piece == 0 or size == 1 for size, stride in zip(x.shape[:-1], strides, strict=False))
 
 
 def aligned(x: Tensor) -> Tensor:
