@@ -46,13 +46,13 @@ def launch_kernel(kernel: Any, grid: Sequence[int], *args: Any, boxes: Any = (),
         kernel: a kernel of Triton or Gluon.
         grid: programs on one to three axes.
         args: tensors of that device, or None, then numbers, in the order of the kernel's parameters.
-        boxes: TMA descriptors, the first parameters; their layouts follow from their dtypes and block shapes.
+        boxes: TMA descriptors, or None, the first parameters; layouts follow from dtypes and block shapes.
         fixed: the kernel's compile-time arguments, all that it has, and launch options.
     """
     count = _leading.get(kernel.fn)
     if count is None:
         count = _leading[kernel.fn] = sum(x is None or isinstance(x, Tensor) for x in args)
-    kinds: list[Hashable] = [(box.base.dtype, *box.block_shape) for box in boxes]
+    kinds: list[Hashable] = [box and (box.base.dtype, *box.block_shape) for box in boxes]
     addresses: list[int | None] = []
     for x in args[:count]:
         if x is None:

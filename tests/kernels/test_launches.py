@@ -82,9 +82,9 @@ def test_boxes_come_first_and_count_by_dtype_and_block():
     kernel = Kernel()
     kernel.arg_names = ("d_x", *kernel.arg_names)
     first, alike, other = box(torch.half, 64, 8), box(torch.half, 64, 8), box(torch.half, 32, 8)
-    for one in (first, alike, other):
+    for one in (first, alike, other, None):
         launch_kernel(kernel, (3,), torch.zeros(4), None, 7, 0.5, WIDTH=64, boxes=(one,))
-    assert [args[0] for _, args, _, _ in kernel.made] == [first, other]
+    assert [args[0] for _, args, _, _ in kernel.made] == [first, other, None]
     ((_, args),) = kernel.made[0][-1].launches
     assert args[0] is alike
 
