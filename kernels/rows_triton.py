@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
-
 ROWS, TILE = 64, 64
 WARPS, STAGES = 8, 2
 PROGRAMS = 512  # that a launch aims at, whatever the GPU: enough for four on each multiprocessor of the largest
@@ -94,7 +92,7 @@ def constants(head_size: int, dtype: torch.dtype) -> dict[str, object]:
     """The kernel's compile-time arguments."""
     return {
         "HEAD_SIZE": head_size,
-        "COLUMNS": power_of_2(head_size),
+        "COLUMNS": triton.next_power_of_2(head_size),
         "ROWS": ROWS,
         "TILE": TILE,
         "MASKED": MASKED,
@@ -109,21 +107,20 @@ def triton_rows(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, scale: float) ->
         return torch.cat([triton_rows(some, k, v, mask, scale) for some, mask in parts], dim=3)
     # The first mask leaves every key. Rows that begin at multiples of 16 bytes are loaded by the piece.
     given, q = masks, q.contiguous()
-    masks = given.new_empty(len(given) + 1, *given.shape[1:-1], cdiv(given.shape[-1], 16) * 16)
+    masks = given.new_empty(len(given) + 1, *given.shape[1:-1], triton.cdiv(given.shape[-1], 16) * 16)
     masks[0], masks[1:, :, : given.shape[-1]] = True, given
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     batch, heads, rows, head_size = q.shape
     keys, count = k.shape[2], len(masks)
-    spans = min(cdiv(keys, TILE), max(1, PROGRAMS // (batch * heads * count)))
-    span = cdiv(cdiv(keys, spans), TILE) * TILE
-    spans = cdiv(keys, span)
+    spans = min(triton.cdiv(keys, TILE), max(1, PROGRAMS // (batch * heads * count)))
+    span = triton.cdiv(triton.cdiv(keys, spans), TILE) * TILE
+    spans = triton.cdiv(keys, span)
     out = torch.empty(count, spans, batch * heads, rows, head_size, dtype=torch.float32, device=q.device)
     peak = torch.empty(out.shape[:-1], dtype=torch.float32, device=q.device)
     weight = torch.empty_like(peak)
     fixed = constants(head_size, q.dtype)
-    with device_of(q):
-        launch_kernel(
-            rows_kernel, (count, spans, batch * heads),
+    with torch.cuda.device_of(q):
+        rows_kernel[(count, spans, batch * heads)](
             q, k, v, masks.view(torch.uint8), out, peak, weight, scale * math.log2(math.e),
             *k.stride()[:3], *v.stride()[:3], masks.stride(1), heads, rows, keys, span, **fixed,
             num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=True,
