@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -266,12 +266,13 @@ class Tally:
         self._forward.add(density)
         self._backends.add(backend)
 
-    @contextmanager
-    def timed(self, device: torch.device) -> Iterator[None]:
+    def timed(self, device: torch.device) -> AbstractContextManager[None]:
         """Time what runs inside, if timing is on."""
-        if not self.timing:
-            yield
-        elif device.type == "cuda":
+        return self._timed(device) if self.timing else nullcontext()
+
+    @contextmanager
+    def _timed(self, device: torch.device) -> Iterator[None]:
+        if device.type == "cuda":
             begin, end = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
             stream = torch.cuda.current_stream(device)
             begin.record(stream)
