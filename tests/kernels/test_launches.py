@@ -5,20 +5,36 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from sparse_dit.kernels import launches
 from sparse_dit.kernels.launches import launch_kernel
 
 
 class Compiled(CompiledKernel):
-    """Stands in for what Triton compiles, and notes its launches."""
+    """Stands in for what Triton compiles, and notes its launches and how they came."""
+
+    function, packed_metadata = "function", "packed"
 
     def __init__(self):
-        self.launches, self.module = [], None  # no module: nothing to unload
+        self.launches, self.ways, self.module = [], [], None  # no module: nothing to unload
 
     def __getitem__(self, grid):
+        self.ways.append("compiled[grid]")
         return lambda *args: self.launches.append((grid, args))
+
+    @property
+    def run(self):
+        def run(x, y, z, stream, function, packed, metadata, enter, leave, *args):
+            assert (stream, function, packed) == ("stream", "function", "packed")
+            assert metadata is enter is leave is None
+            self.ways.append("run")
+            self.launches.append(((x, y, z), args))
+
+        return run
 
 
 class Kernel:
@@ -43,9 +59,15 @@ class Kernel:
 def nothing_known(monkeypatch):
     monkeypatch.setattr(launches, "_known", {})
     monkeypatch.setattr(launches, "_leading", {})
+    launches._is_known_triton.cache_clear()
+    active = SimpleNamespace(get_current_stream=lambda device: "stream")
+    monkeypatch.setattr(launches, "driver", SimpleNamespace(active=active))
 
 
-def test_the_first_launch_is_tritons_and_the_next_one_takes_addresses():
+@pytest.mark.parametrize("way", ["run", "compiled[grid]"])
+def test_the_first_launch_is_tritons_and_the_next_one_takes_addresses(monkeypatch, way):
+    # Of a Triton that nobody has looked at only what everybody may call is called.
+    monkeypatch.setattr(triton, "__version__", "3.9.1" if way == "run" else "9.0.0")
     kernel, x, y = Kernel(), torch.zeros(4), torch.zeros(4)
     launch_kernel(kernel, (3,), x, None, 7, 0.5, WIDTH=64, num_warps=4)
     ((grid, args, fixed, compiled),) = kernel.made
@@ -53,6 +75,19 @@ def test_the_first_launch_is_tritons_and_the_next_one_takes_addresses():
     launch_kernel(kernel, (5, 2), y, None, 7, 0.5, WIDTH=64, num_warps=4)
     assert len(kernel.made) == 1
     assert compiled.launches == [((5, 2, 1), (y.data_ptr(), None, 7, 0.5, 64))]
+    assert compiled.ways == [way]
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_who_wants_to_know_of_launches_is_told(hook):
+    kernel, hooks = Kernel(), getattr(knobs.runtime, hook)
+    for watched in (False, True, False):
+        if watched:
+            hooks.add(print)
+        launch_kernel(kernel, (3,), torch.zeros(4), None, 7, 0.5, WIDTH=64)
+        hooks.remove(print)
+    ((*_, compiled),) = kernel.made
+    assert compiled.ways == ["compiled[grid]", "run"]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +163,8 @@ def test_descriptors_made_again_are_like_the_first():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_both_launches_write_the_same():
+def test_on_a_gpu_both_launches_write_the_same(monkeypatch):
+    monkeypatch.setattr(launches, "driver", driver)
     from sparse_dit.kernels.gather_triton import triton_gather
 
     for seed in range(3):  # the first is Triton's, the others are remembered
