@@ -33,7 +33,10 @@ def remembered(ask: Callable[..., T]) -> Callable[..., T]:
         # Traced sizes are symbols, which no dict can look up, and other classes of tensors may have no memory.
         if torch.compiler.is_compiling() or type(args[0]) is not Tensor:
             return ask(*args)
-        key = tuple([_look(x) for x in args])
+        try:
+            key = tuple([_look(x) for x in args])
+        except RuntimeError:  # tensors that functions such as `torch.vmap` wrap have no address
+            return ask(*args)
         if key in answers:
             return answers[key]
         answer = ask(*args)

@@ -79,6 +79,13 @@ def test_tensors_without_memory_are_asked_each_time():
     assert (asked.ask(parameter), asked.ask(parameter)) == (3, 4)
 
 
+def test_wrapped_tensors_are_asked_each_time():
+    asked = Asked()
+    for _ in range(2):
+        torch.vmap(lambda x: x + asked.ask(x))(torch.ones(3, 2))
+    assert asked.times == 2
+
+
 def test_answers_are_bounded(monkeypatch):
     monkeypatch.setattr(alike, "LIMIT", 2)
     asked = Asked()
