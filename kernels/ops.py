@@ -273,8 +273,8 @@ def _shapes(
     return out, q.new_empty(batch, heads, seq_q, dtype=torch.float32)
 
 
-# Two operators of one function. What `custom_op` puts around it, above all an error where gradients are asked for, takes
-# the host three times as long as an operator with nothing around it.
+# Two operators of one function. With what `custom_op` puts around it, above all an error where gradients are asked for,
+# a call takes the host three times as long as with nothing around it.
 _traced = torch.library.custom_op("sparse_dit::block_sparse_attention", _computed, mutates_args=())
 _traced.register_fake(_shapes)
 _library = torch.library.Library("sparse_dit", "FRAGMENT")
