@@ -17,6 +17,7 @@ LIMIT = 4096
 """Answers that are remembered; then all are forgotten, for a program whose sizes differ in every call."""
 
 T = TypeVar("T")
+_PLAIN = frozenset((bool, float, int, str))
 
 
 def remembered(ask: Callable[..., T]) -> Callable[..., T]:
@@ -34,7 +35,7 @@ def remembered(ask: Callable[..., T]) -> Callable[..., T]:
         if torch.compiler.is_compiling() or type(args[0]) is not Tensor:
             return ask(*args)
         try:
-            key = tuple([_look(x) for x in args])
+            key = tuple([x if x is None or type(x) in _PLAIN else _look(x) for x in args])
         except RuntimeError:  # tensors that functions such as `torch.vmap` wrap have no address
             return ask(*args)
         if key in answers:

@@ -65,18 +65,22 @@ class Run:
         """A copied pipeline starts a run of its own."""
         return Run(self.recipe, strict=self.strict, timing=self.tally.timing)
 
+    @property
+    def reads_noise(self) -> bool:
+        """Whether the noise level of the forward that begins must be known."""
+        return self.recipe.schedule.reads_noise or self.state.context.step is None
+
     def begin_forward(self, layout: TokenLayout, noise: torch.Tensor, planned: int, transformer: int = 0) -> None:
         """A forward of a transformer begins.
 
         Args:
             layout: its tokens.
-            noise: its noise level in [0, 1], any shape; the largest one counts. Read only when something depends on it,
-                because reading waits for the GPU.
+            noise: its noise level in [0, 1], any shape; the largest one counts. Read only when something depends on it
+                (`reads_noise`), because reading waits for the GPU.
             planned: number of self-attention layers.
             transformer: as `RunState.begin_forward`.
         """
-        read = self.recipe.schedule.reads_noise or self.state.context.step is None
-        self.state.begin_forward(layout, float(noise.max()) if read else None, transformer)
+        self.state.begin_forward(layout, float(noise.max()) if self.reads_noise else None, transformer)
         self.tally.begin_forward(planned)
 
     def end_forward(self) -> None:
