@@ -68,7 +68,7 @@ def launch_kernel(kernel: Any, grid: Sequence[int], *args: Any, boxes: Any = (),
     """
     count = _leading.get(kernel.fn)
     if count is None:
-        count = _leading[kernel.fn] = sum(x is None or isinstance(x, Tensor) for x in args)
+        count = _leading[kernel.fn] = _tensors_before_numbers(kernel, args)
     kinds: list[Hashable] = [box and (box.base.dtype, *box.block_shape) for box in boxes]
     addresses: list[int | None] = []
     device = -1
@@ -101,6 +101,14 @@ def launch_kernel(kernel: Any, grid: Sequence[int], *args: Any, boxes: Any = (),
     known.run(
         *grid, stream, known.function, known.packed, None, None, None, *boxes, *addresses, *numbers, *known.constants
     )
+
+
+def _tensors_before_numbers(kernel: Any, args: Sequence[Any]) -> int:
+    """How many arguments come before the first number; raises TypeError where a tensor comes behind it."""
+    tensors = [x is None or isinstance(x, Tensor) for x in args]
+    if tensors != sorted(tensors, reverse=True):
+        raise TypeError(f"{kernel.fn.__name__}: a tensor behind a number; valid: tensors, or None, then numbers")
+    return sum(tensors)
 
 
 def _is_watched() -> bool:

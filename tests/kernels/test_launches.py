@@ -124,6 +124,11 @@ def test_boxes_come_first_and_count_by_dtype_and_block():
     assert args[0] is alike
 
 
+def test_tensors_come_before_numbers():
+    with pytest.raises(TypeError, match=r"^<lambda>: a tensor behind a number; valid: tensors, or None, then numbers$"):
+        launch_kernel(Kernel(), (3,), torch.zeros(4), 7, torch.zeros(4), WIDTH=64)
+
+
 @pytest.mark.parametrize("left", [lambda: None, object])
 def test_what_leaves_no_compiled_kernel_is_launched_by_triton_each_time(left):
     """An interpreted kernel, or one that is still being compiled."""
