@@ -28,7 +28,7 @@ from sparse_dit.recipe import load_recipe
 
 GRID = (2, 16, 16)
 HEADS, HEAD_SIZE = 1, 64
-CALLS, BATCHES = 100, 31
+CALLS, BATCHES = 100, 15
 BLOCKS = {"block_q": 128, "block_k": 128}
 POOLED = {"selection": {"name": "pooled", "density": 0.5}, **BLOCKS}
 RECIPES: Mapping[str, Mapping[str, Any]] = {
