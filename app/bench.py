@@ -1,21 +1,15 @@
 """`sparse-dit bench` and `sparse-dit tune-tiles`: what they do and print."""
 
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from sparse_dit.app.setup import Setup
 from sparse_dit.pipelines.generate import Request
-
-if TYPE_CHECKING:
-    import torch
-
-    from sparse_dit.eval.bench.tune import Tuned
 
 SHAPES = ["12x32760x128", "4x118800x128", "48x17776x64", "8x75600x128", "24x4608x128", "16x1000x72"]
 DENSITIES = [0.5, 0.3, 0.2, 0.1, 1.0]
@@ -47,32 +41,14 @@ def bench_kernels(
         no_flex: leave out FlexAttention, which compiles for long.
         out: the JSONL file that rows are appended to.
     """
-    from sparse_dit.eval import results
-    from sparse_dit.eval.bench.cases import plan, read_shape
-    from sparse_dit.eval.bench.clock import CudaClock
-    from sparse_dit.eval.bench.kernels import LEFT_OUT, Bench, our_backends
-    from sparse_dit.eval.bench.yardsticks import others
+    from sparse_dit.eval.bench.kernels import LEFT_OUT, Request, run
+    from sparse_dit.eval.bench.lines import left_out_line
 
-    asked = [read_shape(text) for text in shapes]
-    for density in densities:
-        if not 0 < density <= 1:
-            raise ValueError(f"densities: {density}; valid: above 0 and up to 1")
-    if not seconds > 0:
-        raise ValueError(f"seconds: {seconds}; valid: above 0")
-    device, rows_file = _gpu(), Path(out)
-    results.load_rows(rows_file)
-    groups = plan(asked, densities, our_backends(device), others(device), flex=not no_flex)
-    command = shlex.join(["sparse-dit", *sys.argv[1:]])
-    measured = []
-    for row in Bench(device, _dtype(), CudaClock(device), seconds, command).rows(groups):
-        measured.append(row)
-        if row["status"] != LEFT_OUT:
-            results.append_row(rows_file, row)
-        print(row_line(row), flush=True)
-    print_rows([row for row in measured if row["status"] != LEFT_OUT])
-    if left := [row for row in measured if row["status"] == LEFT_OUT]:
-        print(f"left out, {left[0]['reason']}: {'; '.join(f'{_shape(row)} {_case(row)}' for row in left)}")
-    print(f"wrote {rows_file}")
+    rows = run(Request(shapes, densities, seconds, not no_flex), Path(out), _command())
+    print_rows([row for row in rows if row["status"] != LEFT_OUT])
+    if left := [row for row in rows if row["status"] == LEFT_OUT]:
+        print(left_out_line(left))
+    print(f"wrote {out}")
 
 
 def bench_e2e(
@@ -108,7 +84,7 @@ def bench_e2e(
         attribution.lengths(pipe, request, recipe, model=setup.model, seed=request.seed),
     ):
         for row in make:
-            row["command"] = shlex.join(["sparse-dit", *sys.argv[1:]])
+            row["command"] = _command()
             results.append_row(rows_file, row)
             found.append(row)
             print(_progress(row), flush=True)
@@ -141,7 +117,7 @@ def bench_models(
     from sparse_dit.eval.bench.models import Request, row_line, run
 
     request = Request(cases, variants, seconds, compiled, tiny)
-    rows = run(request, Path(out), shlex.join(["sparse-dit", *sys.argv[1:]]))
+    rows = run(request, Path(out), _command())
     print("\n".join(["", *map(row_line, rows), f"wrote {out}"]))
 
 
@@ -153,55 +129,22 @@ def tune_tiles(head_sizes: list[int] = HEAD_SIZES, seconds: float = 600.0, out: 
         seconds: no launch is tried later.
         out: the file; by default the one that kernels read, see SPARSE_DIT_TILES. Rows of other GPUs in it stay.
     """
-    from sparse_dit.eval.bench.clock import CudaClock
-    from sparse_dit.eval.bench.tune import Tuned, measured_on, tune
-    from sparse_dit.kernels import tiles
+    from sparse_dit.eval.bench.tune import Request, run
 
-    for size in head_sizes:
-        if size not in tiles.HEAD_SIZES:
-            raise ValueError(f"head_sizes: {size}; valid: of {tiles.HEAD_SIZES}")
-    if not seconds > 0:
-        raise ValueError(f"seconds: {seconds}; valid: above 0")
-    device, file = _gpu(), tiles.user_file() if out is None else Path(out)
-    if file.exists():
-        tiles.read_rows(file.read_text(encoding="utf-8"), str(file))
-    print(f"measuring {measured_on()}")
-    for found in tune(device, _dtype(), CudaClock(device), head_sizes, seconds):
-        if isinstance(found, Tuned):
-            tiles.write_rows([found.row], file)
-            print(tuned_line(found), flush=True)
-        else:
-            print(found, flush=True)
-    print(f"wrote {file}")
+    run(Request(head_sizes, seconds), None if out is None else Path(out))
 
 
-def tuned_line(found: "Tuned") -> str:
-    """What came of a kernel, precision and head size in one line."""
-    row, launch = found.row, found.row.launch
-    settings = f"{launch.tile_q} x {launch.tile_k}, {launch.num_warps} warps, {launch.num_stages} stages"
-    rest = "" if found.whole else ", time was up before all were tried"
-    return (
-        f"{row.kernel}, {row.precision}, head size {row.head_size}: {settings}, {found.ms:.3f} ms "
-        f"(pinned {found.pinned_ms:.3f} ms; {found.tried} measured, {len(found.refused)} refused{rest})"
-    )
+def _command() -> str:
+    """How this run was asked for."""
+    from sparse_dit.eval.results import command_line
 
-
-def _gpu() -> "torch.device":
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ValueError("device: there is no GPU; valid: a machine with an NVIDIA or AMD GPU that torch can use")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def _dtype() -> "torch.dtype":
-    import torch
-
-    return torch.bfloat16
+    return command_line("sparse-dit", sys.argv[1:])
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """One table of bench rows, in their order, a section a shape."""
+    from sparse_dit.eval.bench.lines import case, note, number, shape
+
     if not rows:
         return
     device, versions = rows[0]["device"], rows[0]["versions"]
@@ -210,53 +153,12 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     for column in ("shape", "case", "ms", "TFLOP/s", f"x {rows[0]['dense']}", "error", "note"):
         table.add_column(column, justify="left" if column in ("shape", "case", "note") else "right")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
-        cells = (_number(row["ms"], ".3f"), _number(row["tflops"], ".0f"), _number(row["ratio"], ".2f"))
+        cells = (number(row["ms"], ".3f"), number(row["tflops"], ".0f"), number(row["ratio"], ".2f"))
         ends = following is None or following["shape"] != row["shape"]
-        table.add_row(_shape(row), _case(row), *cells, _number(row["error"], ".4f"), _note(row), end_section=ends)
+        table.add_row(shape(row), case(row), *cells, number(row["error"], ".4f"), note(row), end_section=ends)
     # Wide enough for a line a row also where the output goes to a file.
     console = Console()
     Console(width=max(console.width, 150)).print(table)
-
-
-def row_line(row: dict[str, Any]) -> str:
-    """A bench row in one line."""
-    cells = [f"{_number(row['ms'], '.3f')} ms"] if row["ms"] is not None else []
-    cells += [f"{row['ratio']:.2f} x {row['dense']}"] if row["ratio"] is not None else []
-    cells += [f"error {row['error']:.4f}"] if row["error"] is not None else []
-    return ", ".join([f"{_shape(row)} {_case(row)}: {row['status']}", *cells, *filter(None, [_note(row)])])
-
-
-def _shape(row: dict[str, Any]) -> str:
-    return "x".join(str(row["shape"][side]) for side in ("heads", "tokens", "head_size"))
-
-
-def _case(row: dict[str, Any]) -> str:
-    words = [row["kernel"]]
-    words += [row["precision"]] if row["precision"] != "native" else []
-    words += [f"density {row['wanted_density']:g}"] if row["what"] in ("attention", "lists") else []
-    words += [f"{row['lists']} lists"] if row["lists"] != "equal" else []
-    words += ["blocks of {} x {}".format(*row["blocks"])] if row["blocks"] != [128, 128] else []
-    words += [row["skipped"]] if row["skipped"] != "drop" else []
-    words += ["ordered"] if row["ordered"] else []
-    words += ["kernel alone"] if row["codes"] else []
-    return " ".join(words)
-
-
-def _note(row: dict[str, Any]) -> str:
-    if row["reason"] is not None:
-        return str(row["reason"])
-    notes = []
-    if row["tb_per_s"] is not None:
-        notes.append(f"{row['tb_per_s']:.2f} TB/s, {row['share_of_copy']:.2f} of a copy")
-    if row["what"] in ("lists", "mass") and row["ratio"] is not None:
-        notes.append(f"{1 / row['ratio']:.3f} of dense")
-    if row["what"] == "attention" and row["kernel"] == row["dense"] and row["dense_spread"] is not None:
-        notes.append(f"spread {row['dense_spread']:.3f}")
-    return ", ".join(notes)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"
 
 
 def _progress(row: dict[str, Any]) -> str:

@@ -11,8 +11,9 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -80,6 +81,20 @@ def to_json(row: Mapping[str, Any], indent: int | None = None) -> str:
 def identity(**what: Any) -> str:
     """A short digest of what was asked (model, recipe, seed, prompt, …): equal askings have equal digests."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def command_line(program: str, arguments: Sequence[str]) -> str:
+    """How a run was asked for, as rows tell it; of absolute paths, which mean nothing elsewhere, only the last part.
+
+    Args:
+        program: what is typed first, such as "sparse-dit".
+        arguments: what follows, an item each.
+    """
+    told = []
+    for argument in arguments:
+        option, is_set, value = argument.rpartition("=") if argument.startswith("-") else ("", "", argument)
+        told.append(f"{option}{is_set}{Path(value).name if Path(value).is_absolute() else value}")
+    return shlex.join([*program.split(), *told])
 
 
 def provenance() -> Row:

@@ -1,7 +1,7 @@
 """The fastest recipe of a search space above a floor of quality, for a model, a size and a device.
 
 *Fast* is the time of a run's self-attention over that of a dense run, timed in pairs of calls (`attention_time`);
-*quality* is a mean over prompts against dense runs of the same noise (`pair`). Runs are chosen by `halving`. All that
+*quality* is a mean over prompts against dense runs of the same noise (`pair`). Runs are chosen by `search`. All that
 was measured is in rows beside the result: started again, a search goes on where it stopped, and the same search of rows
 that are all there runs nothing. (`sparse_dit.eval.bench.tune` is another thing: it finds launch settings of kernels.)
 """
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_dit.eval import results
 from sparse_dit.eval.attention_time import Ratios, call_ratios, run_share, take_calls
-from sparse_dit.eval.halving import Answer, Halving
+from sparse_dit.eval.belief import Floats, likeness
 from sparse_dit.eval.pair import against, asking, plan_arguments
 from sparse_dit.eval.references import References
+from sparse_dit.eval.search import Answer, Search
 from sparse_dit.eval.settings import interval
 from sparse_dit.eval.space import Candidate
 from sparse_dit.eval.sweep import FAILURES, reason, row_id
@@ -30,8 +31,9 @@ from sparse_dit.recipe import Recipe
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-FIELDS = ("psnr", "psnr_min", "ssim", "ssim_min")
-"""What a floor may be of: fields of result rows of which more is better."""
+FIELDS = {"psnr": 5.0, "psnr_min": 5.0, "ssim": 0.1, "ssim_min": 0.1}
+"""What a floor may be of, fields of result rows of which more is better, and about how far recipes differ in each."""
+_NO_SETTING = {"name", "source", "licence", "note"}
 
 Tell = Callable[[str], None]
 
@@ -82,7 +84,7 @@ class Tuned:
     answer: Answer | None
     candidates: Sequence[Candidate]
     costs: Sequence[float]
-    search: Halving
+    search: Search
     runs: int
     stopped: str
     complaints: Sequence[str]
@@ -143,7 +145,8 @@ class Tuner:
                 self.tell(f"{fitting[index].label}: attention takes {cost:.2f} of dense attention's time, left out")
         chosen, known = [fitting[index] for index in faster], [float(costs[index] or 0) for index in faster]
         # One that cannot win stands for an empty field, so that there is a search to tell of.
-        search = Halving(known or [1.0], floor.value, len(prompts))
+        alike = self.alike([candidate.recipe for candidate in chosen], known) if known else None
+        search = Search(known or [1.0], floor.value, len(prompts), alike, FIELDS[floor.field])
         runs, stopped = 0, ""
         for number, prompt in search.runs() if known else ():
             recipe, request = chosen[number].recipe, requests[prompt]
@@ -181,6 +184,21 @@ class Tuner:
             plan = explain(self.pipe, recipe, **plan_arguments(self.pipe, request))
             found.append(run_share(ratios, recipe.schedule, plan))
         return found
+
+    def alike(self, recipes: Sequence[Recipe], costs: Sequence[float]) -> Floats:
+        """How alike recipes are, see `belief.likeness`; where content decides of a density, costs stand for it."""
+        plans = [explain(self.pipe, recipe, **plan_arguments(self.pipe, self.request)) for recipe in recipes]
+        densities = [plan.run_density or cost for plan, cost in zip(plans, costs, strict=True)]
+        calls = [sum(step.sparse_layers for step in plan.steps) for plan in plans]
+        dense = [1 - sparse / (plan.layers * len(plan.steps)) for sparse, plan in zip(calls, plans, strict=True)]
+        return likeness([_choices(recipe) for recipe in recipes], densities, dense)
+
+    def exhaust(self, candidates: Sequence[Candidate], prompts: Sequence[str]) -> None:
+        """Runs every candidate on every prompt, but for what is there."""
+        for request in self._requests(prompts):
+            for candidate in candidates:
+                there = self._rows.get(row_id(self.pipe, self.model, candidate.recipe, request))
+                self._quality(candidate, request, Floor("psnr", 0.0), there)
 
     def spread(self, recipe: Recipe) -> float | None:
         """`Ratios.spread` of a recipe whose cost is known."""
@@ -243,6 +261,16 @@ class Tuner:
         return rows
 
 
+def _choices(recipe: Recipe) -> dict[str, Any]:
+    """The settings of a recipe, without those that only say how much is computed."""
+    settings = recipe.to_dict()
+    found = {name: value for name, value in settings.items() if name not in _NO_SETTING}
+    for name, amounts in (("selection", ("density",)), ("schedule", ("dense_steps", "dense_above"))):
+        if isinstance(found.get(name), dict):
+            found[name] = {field: value for field, value in found[name].items() if field not in amounts}
+    return found
+
+
 def preset(tuned: Tuned, name: str, floor: Floor) -> Recipe:
     """The answer as a recipe with a name of its own and where it comes from.
 
@@ -267,8 +295,8 @@ def evidence(tuner: Tuner, tuned: Tuned, prompts: Sequence[str], floor: Floor) -
                 "label": candidate.label,
                 "attention_time": cost,
                 "attention_time_spread": tuner.spread(candidate.recipe),
-                floor.field: _finite(means[number]),
-                "error": _finite(errors[number]),
+                floor.field: float(means[number]) if ran else None,
+                "error": float(errors[number]) if ran else None,
                 "prompts": ran,
             }
         )
@@ -347,7 +375,3 @@ def _told(tuner: Tuner, tuned: Tuned, prompts: Sequence[str], floor: Floor) -> d
 def _missing(tuned: Tuned, number: int) -> Any:
     quality = tuned.search.quality[number]
     return quality != quality
-
-
-def _finite(value: float) -> float | None:
-    return None if value != value else float(value)

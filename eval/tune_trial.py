@@ -10,8 +10,9 @@ stopped.
 
 `replay` searches in rows of settings that ran on the same prompts, at random floors and with prompts in random orders,
 with the times of attention measured here; settings that are slower than dense attention stay in but for `--faster`, as
-it is the search that is judged. It runs no model but for those times. `near` counts answers above the floor within 3 %
-of the best of the exhaustive search, with a fifth of its runs at most, and without that limit.
+it is the search that is judged. With `--candidates` each search has a space of so many, drawn at random. It runs no
+model but for those times. `near` counts answers above the floor within 3 % of the best of the exhaustive search, with a
+fifth of its runs at most, and without that limit.
 """
 
 import argparse
@@ -24,12 +25,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sparse_dit.eval import results
 from sparse_dit.eval.calibrate import calibration_prompts
-from sparse_dit.eval.halving import Halving
 from sparse_dit.eval.pair import asking
+from sparse_dit.eval.search import Search
 from sparse_dit.eval.space import load_space
 from sparse_dit.eval.tune import Floor, Limits, Tuner
 from sparse_dit.pipelines.generate import TINY_WAN, Request, load_pipeline
@@ -68,8 +70,7 @@ def whole(options: argparse.Namespace, request: Request) -> results.Row:
     chosen = [candidates[number] for number in known]
     if not chosen:
         raise ValueError(f"space: {options.space!r} has nothing that is faster than dense attention here")
-    # At a floor that nothing reaches, every candidate runs on every prompt.
-    tuner.tune(chosen, prompts, Floor("psnr", math.inf))
+    tuner.exhaust(chosen, prompts)
     rows = [tuner.rows_of(candidate.recipe, prompts) for candidate in chosen]
     assert all(len(found) == len(prompts) for found in rows), tuner.complaints
     means = [statistics.fmean(min(row["psnr"], 100.0) for row in found) for found in rows]
@@ -118,36 +119,40 @@ def replay(options: argparse.Namespace, request: Request) -> results.Row:
     times = [costs[number] or 0.0 for number in usable]
     psnr = [[whole_ones[recipe][seed] for seed in range(prompts)] for recipe in whole_ones]
     psnr = [psnr[number] for number in usable]
+    alike = tuner.alike([recipes[number] for number in usable], times)
     means = [statistics.fmean(values) for values in psnr]
-    limit, chance = int(SHARE * len(usable) * prompts), random.Random(0)
+    count, chance = options.candidates or len(usable), random.Random(0)
+    limit = int(SHARE * count * prompts)
     limited: list[results.Row] = []
     free: list[results.Row] = []
     for _ in range(options.searches):
-        floor, order = chance.uniform(min(means), max(means)), chance.sample(range(prompts), prompts)
-        search, runs, early = Halving(times, floor, prompts), 0, None
+        space = chance.sample(range(len(usable)), count) if options.candidates else list(range(len(usable)))
+        known, good = [times[number] for number in space], [means[number] for number in space]
+        floor, order = chance.uniform(min(good), max(good)), chance.sample(range(prompts), prompts)
+        search, runs, early = Search(known, floor, prompts, alike[np.ix_(space, space)]), 0, None
         for candidate, prompt in search.runs():
             if runs == limit:
-                early = _found(search, times, means, runs)
-            search.tell(candidate, prompt, psnr[candidate][order[prompt]])
+                early = _found(search, known, good, runs)
+            search.tell(candidate, prompt, psnr[space[candidate]][order[prompt]])
             runs += 1
-        free.append(_found(search, times, means, runs))
+        free.append(_found(search, known, good, runs))
         limited.append(early or free[-1])
-    exhaustive = len(usable) * prompts
     return {
         "rows": options.rows.name,
-        "candidates": len(usable),
+        "candidates": count,
+        "drawn_from": len(usable),
         "slower_than_dense": sum(cost is not None and cost >= 1 for cost in costs),
         "prompts": prompts,
-        "exhaustive_runs": exhaustive,
+        "exhaustive_runs": count * prompts,
         "searches": options.searches,
-        "limited": {"limit": SHARE, **_counted(limited, exhaustive)},
-        "free": _counted(free, exhaustive),
+        "limited": {"limit": SHARE, **_counted(limited, count * prompts)},
+        "free": _counted(free, count * prompts),
         "attention_time_least": min(times),
         "device": results.device_of(pipe.device, pipe.transformer.dtype),
     }
 
 
-def _found(search: Halving, costs: Sequence[float], means: Sequence[float], runs: int) -> results.Row:
+def _found(search: Search, costs: Sequence[float], means: Sequence[float], runs: int) -> results.Row:
     answer = search.answer()
     return {**judge(costs, means, search.floor, None if answer is None else answer.candidate), "runs": runs}
 
@@ -177,6 +182,7 @@ def main() -> None:
         "--faster", action="store_true", help="replay: leave out what is no faster than dense attention"
     )
     parser.add_argument("--searches", type=int, default=300, help="replay: how many")
+    parser.add_argument("--candidates", type=int, default=0, help="replay: draw so many for each search; 0 is all")
     for name in ("steps", "height", "width", "num_frames"):
         parser.add_argument(f"--{name}", type=int, default=None)
     options = parser.parse_args()

@@ -252,6 +252,7 @@ def block_sparse_forward_kernel(
 # Warps a program where the list's blocks are smaller than the pinned tile: of 16 x 16 elements, 4 warps load two a
 # thread, and 4 bytes are the least that a pipelined load takes.
 _CUT_WARPS = 4
+WIDE = 64  # keys a tile that have work for any number of warps
 # Keys a tile at the ragged end: with 32 or more columns in the second part, those of one step of a matrix product.
 # More steps need more descriptors, and ptxas 12.8 computed one from a register that nothing had written (sm_90).
 _TAIL_TILE, _TAIL_TILE_OF_WIDE_REST = 32, 16
@@ -277,7 +278,8 @@ def launch_for(head_size: int, block_q: int, block_k: int, arch: str) -> Launch:
         arch: as `tiles.architecture` says.
     """
     whole = pinned("attention", "native", head_size, arch).launch
-    num_warps = whole.num_warps if whole.tile_q <= block_q and whole.tile_k <= block_k else _CUT_WARPS
+    whole_warps = whole.tile_q <= block_q and min(whole.tile_k, WIDE) <= block_k
+    num_warps = whole.num_warps if whole_warps else _CUT_WARPS
     return Launch(min(whole.tile_q, block_q), min(whole.tile_k, block_k), num_warps, whole.num_stages)
 
 

@@ -14,15 +14,14 @@ scores are [64, 128] as the matrix unit leaves them, and seen as [64, PARTS, key
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from sparse_dit.kernels.copies_hopper import produce, seen_as, tma_load
 from sparse_dit.kernels.quantize import GROUP
 from sparse_dit.kernels.softmax_hopper import (
     add_sums,
@@ -35,59 +34,6 @@ from sparse_dit.kernels.softmax_hopper import (
 
 SUMMED_TILES = gl.constexpr(16)  # FP8 products that the matrix unit adds up before they go into a total in fp32
 SCALE_GROUP = gl.constexpr(GROUP)
-# Triton 3.6 has other names than its successors for this and for the next.
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-
-
-@builtin
-def seen_as(memory, dtype, shape, layout, _semantic=None):
-    """The same bytes of shared memory in another shape."""
-    dtype, layout = (getattr(value, "value", value) for value in (dtype, layout))
-    return _semantic.memdesc_reinterpret(memory, dtype, [getattr(size, "value", size) for size in shape], layout)
-
-
-@gluon.jit
-def _copy_block(d_x, i_b, i_h, start, full, b_x, part):
-    """One block of 16-bit rows, or of codes, into its part of a stage [1, 1, TILE, columns], a panel at a time."""
-    BLOCK_K: gl.constexpr = d_x.block_shape[2]
-    WIDTH: gl.constexpr = d_x.block_shape[3]
-    PANELS: gl.constexpr = b_x.shape[3] // WIDTH
-    panels = seen_as(b_x, b_x.dtype, [PANELS, 1, 1, b_x.shape[2], WIDTH], d_x.layout)
-    for panel in gl.static_range(PANELS):
-        b_part = panels.index(panel).slice(part * BLOCK_K, BLOCK_K, 2)
-        tma_load(d_x, [i_b, i_h, start, panel * WIDTH], full, b_part)
-
-
-@gluon.jit
-def _load_tiles(tiles, rings, p_indices, i_index, blocks, i_b, i_h, PARTS: gl.constexpr):
-    """The producer: copies the listed blocks, the last ones first, as stages become free."""
-    d_k, d_v, b_k, b_v = tiles
-    _, k_full, k_empty, v_full, v_empty = rings
-    STAGES: gl.constexpr = b_k.shape[0]
-    BLOCK_K: gl.constexpr = d_k.block_shape[2]
-    K_BYTES: gl.constexpr = b_k.shape[3] * b_k.shape[4] * b_k.dtype.primitive_bitwidth // 8
-    V_BYTES: gl.constexpr = b_v.numel // STAGES * b_v.dtype.primitive_bitwidth // 8
-    FP8: gl.constexpr = b_v.dtype.primitive_bitwidth == 8
-    count = gl.cdiv(blocks, PARTS)
-    for i_tile in range(count):
-        stage = i_tile % STAGES
-        phase = (i_tile // STAGES) & 1
-        first = (count - 1 - i_tile) * PARTS
-        mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), K_BYTES)
-        for part in gl.static_range(PARTS):
-            # A stage that the list does not fill takes its last block again; those scores are masked.
-            start = gl.load(p_indices + gl.minimum(first + part, blocks - 1) * i_index) * BLOCK_K
-            _copy_block(d_k, i_b, i_h, start, k_full.index(stage), b_k.index(stage), part)
-        mbarrier.wait(v_empty.index(stage), phase ^ 1)
-        mbarrier.expect(v_full.index(stage), V_BYTES)
-        for part in gl.static_range(PARTS):
-            start = gl.load(p_indices + gl.minimum(first + part, blocks - 1) * i_index) * BLOCK_K
-            if FP8:
-                b_part = b_v.index(stage * PARTS + part)
-                tma_load(d_v, [i_b, i_h, 0, start], v_full.index(stage), b_part)
-            else:
-                _copy_block(d_v, i_b, i_h, start, v_full.index(stage), b_v.index(stage), part)
 
 
 @gluon.jit
@@ -146,13 +92,55 @@ def _weigh(b_p, b_v, stage, b_acc, PARTS: gl.constexpr, V_LAYOUT: gl.constexpr, 
 
 
 @gluon.jit
+def _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, zero, wg: gl.constexpr, PARTS: gl.constexpr):
+    """Starts the products of a tile, q k^T of its own and p v of the one before; returns q k^T, and p v on its way."""
+    _, b_k, b_v, b_out, _ = tiles
+    _, _, k_empty, v_full, _ = rings
+    STAGES: gl.constexpr = b_k.shape[0]
+    QUANTIZED: gl.constexpr = b_k.dtype.primitive_bitwidth == 8
+    VALUE_PRODUCTS: gl.constexpr = PARTS if b_v.dtype.primitive_bitwidth == 8 else 1
+    v_layout: gl.constexpr = b_out.layout
+    dtype: gl.constexpr = b_out.dtype
+    stage = i_tile % STAGES
+    before = (i_tile - 1) % STAGES
+    if not QUANTIZED:
+        mbarrier.wait(turns.index(wg), (i_tile - 1) & 1)
+    b_s = _scores(b_q, b_k, stage, b_q.shape[1], zero)
+    mbarrier.wait(v_full.index(before), ((i_tile - 1) // STAGES) & 1)
+    b_p = gl.convert_layout(b_p.reshape([64, zero.shape[1]]), zero.type.layout, assert_trivial=True)
+    b_acc = _weigh(b_p, b_v, before, b_acc, PARTS, v_layout, dtype)
+    if not QUANTIZED:
+        mbarrier.arrive(turns.index(1 - wg), count=1)
+    b_s = warpgroup_mma_wait(VALUE_PRODUCTS, deps=[b_s])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    return b_s, b_acc
+
+
+@gluon.jit
+def _end_tile(i_tile, total, rings, b_acc, b_decay, STAGES: gl.constexpr):
+    """Waits for the keys of the next tile and for p v of the one before, and returns it decayed."""
+    _, k_full, _, _, v_empty = rings
+    # Waiting for the next keys before the value product keeps the assembler from moving that wait up in front of
+    # the softmax, which would then overlap with nothing.
+    after = i_tile + 1
+    mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=after < total)
+    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+    mbarrier.arrive(v_empty.index((i_tile - 1) % STAGES), count=1)
+    return b_acc * gl.convert_layout(gl.expand_dims(b_decay, 1), b_acc.type.layout)
+
+
+@gluon.jit
 def _attend(
-    tiles, rings, turns, lists, scales, rows, ends, wg: gl.constexpr, PARTS: gl.constexpr, ORDERED: gl.constexpr
-):
-    """A consumer: 64 queries over all tiles of the list, the last tile first, the only one that needs a mask."""
+    tiles, b_biases, rings, turns, lists, scales, rows, ends, wg: gl.constexpr, PARTS: gl.constexpr,
+    ORDERED: gl.constexpr, SUMMARY: gl.constexpr,
+):  # fmt: skip
+    """A consumer: 64 queries over all tiles of the list, the last tile first, the only one that needs a mask.
+
+    Then, where blocks are skipped, over the tiles of all means, whose scores `b_biases` are added to.
+    """
     b_queries, b_k, b_v, b_out, b_totals = tiles
-    q_full, k_full, k_empty, v_full, v_empty = rings
-    p_indices, i_index, blocks, valid = lists
+    q_full, k_full, k_empty, v_full, _ = rings
+    p_indices, i_index, blocks, means, valid = lists
     p_q_scale, p_k_scale, p_v_lift, scale = scales
     first_row, seq_q = rows
     STAGES: gl.constexpr = b_k.shape[0]
@@ -166,7 +154,6 @@ def _attend(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 32 if QUANTIZED else 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if FP8 else 16])
     v_layout: gl.constexpr = b_out.layout
-    VALUE_PRODUCTS: gl.constexpr = PARTS if FP8 else 1
 
     b_zero_s = gl.zeros([64, TILE_K], gl.int32 if QUANTIZED else gl.float32, s_layout)
     b_parts = b_zero_s.reshape([64, PARTS, TILE_K // PARTS])
@@ -181,6 +168,7 @@ def _attend(
     o_row = first_row + wg * 64 + gl.arange(0, 64, row_layout)
     o_part = gl.arange(0, PARTS, gl.SliceLayout(0, part_layout))
     count = gl.cdiv(blocks, PARTS)
+    total = count + means
 
     b_q = b_queries.index(wg).reshape([64, CODES])
     mbarrier.wait(q_full, 0)
@@ -205,20 +193,9 @@ def _attend(
         )  # fmt: skip
     else:
         b_p, b_max, b_decay, b_sum = softmax(b_first, b_max, scale)
-    mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=count > 1)
+    mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=total > 1)
     for i_tile in range(1, count):
-        stage = i_tile % STAGES
-        before = (i_tile - 1) % STAGES
-        if not QUANTIZED:
-            mbarrier.wait(turns.index(wg), (i_tile - 1) & 1)
-        b_s = _scores(b_q, b_k, stage, CODES, b_zero_s)
-        mbarrier.wait(v_full.index(before), ((i_tile - 1) // STAGES) & 1)
-        b_p = gl.convert_layout(b_p.reshape([64, TILE_K]), s_layout, assert_trivial=True)
-        b_acc = _weigh(b_p, b_v, before, b_acc, PARTS, v_layout, dtype)
-        if not QUANTIZED:
-            mbarrier.arrive(turns.index(1 - wg), count=1)
-        b_s = warpgroup_mma_wait(VALUE_PRODUCTS, deps=[b_s])
-        mbarrier.arrive(k_empty.index(stage), count=1)
+        b_s, b_acc = _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
         if QUANTIZED:
             b_s = b_s.reshape([64, PARTS, TILE_K // PARTS])
             b_p, b_max, b_decay, b_sums = softmax_of_parts(b_s, b_max, b_factor, b_lift)
@@ -229,21 +206,25 @@ def _attend(
         else:
             b_p, b_max, b_decay, b_sums = softmax(b_s, b_max, scale)
         b_sum = add_sums(b_sum, b_decay, b_sums)
-        # Waiting for the next keys before the value product keeps the assembler from moving that wait up in front of
-        # the softmax, which would then overlap with nothing.
-        after = i_tile + 1
-        mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=after < count)
-        b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-        mbarrier.arrive(v_empty.index(before), count=1)
-        b_acc = b_acc * gl.convert_layout(gl.expand_dims(b_decay, 1), acc_layout)
+        b_acc = _end_tile(i_tile, total, rings, b_acc, b_decay, STAGES)
         if FP8:  # noqa: SIM102 - a constant by itself: without it the rest is not compiled
             if i_tile % SUMMED_TILES == 0:
                 b_acc = add_total(b_total, b_acc, b_total_max, b_max)
                 keep_total(b_total, b_acc)
                 b_total_max = b_max
                 b_acc = gl.zeros([64, D], gl.float32, acc_layout)
-    last = (count - 1) % STAGES
-    mbarrier.wait(v_full.index(last), ((count - 1) // STAGES) & 1)
+    if SUMMARY:
+        b_p = b_p.to(dtype)
+        b_starts = seen_as(b_biases, gl.float32, [STAGES, TILE_K], b_biases.layout)
+        for i_tile in range(count, total):
+            b_bias = b_starts.index(i_tile % STAGES).load(gl.SliceLayout(0, s_layout))
+            b_s, b_acc = _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
+            b_p, b_max, b_decay, b_sums = softmax(b_s + gl.expand_dims(b_bias, 0), b_max, scale)
+            b_p = b_p.to(dtype)
+            b_sum = add_sums(b_sum, b_decay, b_sums)
+            b_acc = _end_tile(i_tile, total, rings, b_acc, b_decay, STAGES)
+    last = (total - 1) % STAGES
+    mbarrier.wait(v_full.index(last), ((total - 1) // STAGES) & 1)
     b_p = gl.convert_layout(b_p.reshape([64, TILE_K]), s_layout, assert_trivial=True)
     b_acc = warpgroup_mma_wait(0, deps=[_weigh(b_p, b_v, last, b_acc, PARTS, v_layout, dtype)])
 
@@ -306,7 +287,8 @@ def _tokens(p_order, o_row, seq_q, ORDERED: gl.constexpr):
 
 @gluon.jit
 def hopper_forward_kernel(
-    d_q, d_k, d_v, p_q_scale, p_lse_shift, p_k_scale, p_v_lift, p_v_scale_top, p_v_mean, p_order, p_out, p_lse,
+    d_q, d_k, d_v, d_keys, d_values,
+    p_q_scale, p_lse_shift, p_k_scale, p_v_lift, p_v_scale_top, p_v_mean, p_order, p_out, p_lse,
     p_indices, p_counts, p_rows, order_head, out_batch, out_head, out_token,
     i_batch, i_head, i_row, i_index, c_batch, c_head, c_row, r_batch, r_head,
     heads, query_blocks, seq_q, seq_k, groups, head_size, scale,
@@ -314,7 +296,8 @@ def hopper_forward_kernel(
 ):  # fmt: skip
     """out_i = sum_j 2^(s_ij - l_i) v_j, l_i = log2 sum_j 2^s_ij, j over the listed blocks.
 
-    s = q.k scale log2(e) in 16 bits; on codes it is told by `quantize.Quantized`.
+    s = q.k scale log2(e) in 16 bits; on codes it is told by `quantize.Quantized`. With the means of key blocks and of
+    value blocks, in 16 bits, j also over the blocks that are not listed: s = q.mean scale log2(e) + log2 n of n tokens.
     """
     program = gl.program_id(0)
     i_bh = program // query_blocks
@@ -326,6 +309,7 @@ def hopper_forward_kernel(
     FP8: gl.constexpr = d_v.dtype.primitive_bitwidth == 8
     CODES: gl.constexpr = d_q.block_shape[3]
     dtype: gl.constexpr = p_out.dtype.element_ty
+    SUMMARY: gl.constexpr = d_keys is not None
 
     far_h, far_b, far_bh = i_h.to(gl.int64), i_b.to(gl.int64), i_bh.to(gl.int64)
     i_block = gl.load(p_rows + far_b * r_batch + far_h * r_head + program % query_blocks)
@@ -340,6 +324,12 @@ def hopper_forward_kernel(
     # Keys of the first tile, the one at the list's end: the list may not fill it, and its last block may be ragged.
     last_block = gl.load(p_indices + (blocks - 1) * i_index)
     valid = (blocks - 1) % PARTS * BLOCK_K + gl.minimum(seq_k - last_block * BLOCK_K, BLOCK_K)
+    means, key_blocks, log_whole, log_last = 0, 0, 0.0, 0.0
+    if SUMMARY:  # tiles of means, and what is added to their scores: log2 of tokens
+        key_blocks = gl.cdiv(seq_k, BLOCK_K)
+        means = gl.where(blocks < key_blocks, gl.cdiv(key_blocks, TILE_K), 0)
+        log_whole = gl.log2(BLOCK_K * 1.0) / scale
+        log_last = gl.log2((seq_k - (key_blocks - 1) * BLOCK_K).to(gl.float32)) / scale
 
     b_q = gl.allocate_shared_memory(d_q.dtype, [2, 1, 1, 64, CODES], d_q.layout)
     b_k = gl.allocate_shared_memory(d_k.dtype, [STAGES, 1, 1, TILE_K, CODES], d_q.layout)
@@ -355,6 +345,11 @@ def hopper_forward_kernel(
     else:
         b_totals = b_out
         b_v = gl.allocate_shared_memory(d_v.dtype, [STAGES, 1, 1, TILE_K, D], d_v.layout)
+    if SUMMARY:
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        b_biases = gl.allocate_shared_memory(gl.float32, [STAGES * TILE_K // 32, 32], plain)
+    else:
+        b_biases = b_totals
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -377,7 +372,7 @@ def hopper_forward_kernel(
 
     tiles = (b_q, b_k, b_v, b_out, b_totals)
     rings = (q_full, k_full, k_empty, v_full, v_empty)
-    lists = (p_indices, i_index, blocks, valid)
+    lists = (p_indices, i_index, blocks, means, valid)
     scales = (p_q_scale, p_k_scale, p_v_lift, scale)
     rows = (first_row, seq_q)
     ends = (
@@ -385,11 +380,12 @@ def hopper_forward_kernel(
         head_size,
     )  # fmt: skip
     copied = (d_k, d_v, b_k, b_v)
+    summaries = (d_keys, d_values, b_biases, key_blocks, log_whole, log_last)
     gl.warp_specialize(
         [
-            (_attend, (tiles, rings, turns, lists, scales, rows, ends, 0, PARTS, ORDERED)),
-            (_attend, (tiles, rings, turns, lists, scales, rows, ends, 1, PARTS, ORDERED)),
-            (_load_tiles, (copied, rings, p_indices, i_index, blocks, i_b, i_h, PARTS)),
+            (_attend, (tiles, b_biases, rings, turns, lists, scales, rows, ends, 0, PARTS, ORDERED, SUMMARY)),
+            (_attend, (tiles, b_biases, rings, turns, lists, scales, rows, ends, 1, PARTS, ORDERED, SUMMARY)),
+            (produce, (copied, summaries, rings, lists, (i_b, i_h), PARTS, SUMMARY)),
         ],
         [4, 1],
         [240, 24],

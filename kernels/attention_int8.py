@@ -21,7 +21,7 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from sparse_dit.kernels.attention import LOG2_E, any_within, column_split, weighted
+from sparse_dit.kernels.attention import LOG2_E, WIDE, any_within, column_split, weighted
 from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel
 from sparse_dit.kernels.pieces import aligned, pieces
 from sparse_dit.kernels.quantize import CODE_ALIGN, GROUP, Quantized, padded
@@ -307,7 +307,8 @@ def launch_for(precision: str, head_size: int, block_q: int, block_k: int, arch:
         arch: as `tiles.architecture` says.
     """
     whole = pinned("attention_int8", precision, head_size, arch).launch
-    num_warps = whole.num_warps if whole.tile_q <= block_q and whole.tile_k <= block_k else _CUT_WARPS
+    whole_warps = whole.tile_q <= block_q and min(whole.tile_k, WIDE) <= block_k
+    num_warps = whole.num_warps if whole_warps else _CUT_WARPS
     # 16 x 16 FP8 values are 2 bytes a thread, less than a pipelined load takes.
     num_stages = 1 if precision == "int8_fp8" and block_k < 32 else whole.num_stages
     return Launch(min(whole.tile_q, block_q), min(whole.tile_k, block_k), num_warps, num_stages)

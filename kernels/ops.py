@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from sparse_dit.kernels import memory
 from sparse_dit.kernels.alike import remembered
 from sparse_dit.kernels.backends import chosen_backend
 from sparse_dit.kernels.blocks import BlockList
@@ -70,7 +71,8 @@ def block_sparse_attention(
 
     Raises:
         ValueError: an argument is not as above, or the backend or the device cannot run it.
-        torch.OutOfMemoryError: the GPU lacks memory for what the call allocates, which the message tells.
+        torch.OutOfMemoryError: the GPU lacks memory for what the call allocates, which the message tells. Large calls
+            (`memory.LARGE`) find out before anything is launched.
     """
     backend = _checked(q, k, v, blocks, order, scale, precision, skipped, pv_threshold, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -180,13 +182,16 @@ def _computed(
     pv_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     try:
-        out, lse = _attend(q, k, v, indices, counts, order, block_q, block_k, scale, precision, backend, pv_threshold)
+        if backend != "host" and q.nbytes >= memory.LARGE:
+            memory.reserve(q, k, order, precision, backend)
+        out, lse = _attend(
+            q, k, v, indices, counts, order, block_q, block_k, scale, precision, backend, skipped, pv_threshold
+        )
     except torch.OutOfMemoryError as error:
-        from sparse_dit.kernels.memory import told_shortage
-
-        # Every kernel is launched on memory that is there: only what led up to the attention has run.
-        raise torch.OutOfMemoryError(told_shortage(q, k, order, precision, backend)) from error
-    if skipped == "summary":
+        # Every kernel is launched on memory that is there: at most what led up to the attention has run.
+        raise torch.OutOfMemoryError(memory.told_shortage(q, k, order, precision, backend)) from error
+    # In 16 bits the Hopper kernel attends to summaries itself.
+    if skipped == "summary" and (backend, precision) != ("hopper", "native"):
         from sparse_dit.kernels.summary import merge_summaries
 
         blocks = BlockList(indices, counts, block_q, block_k, key_blocks=-(-k.shape[2] // block_k))
@@ -206,9 +211,10 @@ def _attend(
     scale: float,
     precision: str,
     backend: str,
+    skipped: str,
     pv_threshold: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention along the lists alone, in the tokens' own order."""
+    """Attention along the lists, in the tokens' own order; where the Hopper kernel can, with summaries."""
     lists = (indices, counts, block_q, block_k)
     order = None if order is None else order.contiguous()  # kernels step through rows
     if precision != "native":
@@ -244,7 +250,7 @@ def _attend(
     from sparse_dit.kernels.hopper import hopper_attention
 
     q, k, v = (q, k, v) if order is None else triton_gather((q, k, v), order)
-    return hopper_attention(q, k, v, indices, counts, order, block_q, block_k, scale)
+    return hopper_attention(q, k, v, indices, counts, order, block_q, block_k, scale, skipped == "summary")
 
 
 def _in_token_order(out: Tensor, lse: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:

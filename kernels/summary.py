@@ -1,9 +1,10 @@
 """Skipped blocks as summaries: each enters the softmax as one pseudo-key, its mean K and V, weighed by its count.
 
 A second attention, of all queries over the pseudo-keys of the blocks that their lists leave out, is merged exactly with
-the first, along the lists. This is how Sol-Attn (arXiv:2607.24027) treats blocks below its cutoff, and the zeroth order
-of PISA (arXiv:2602.01077). exp is convex, so the weight of a mean is at most the mean of the weights: the mass of a
-skipped block is underestimated. No correction of that is applied.
+the first, along the lists; in 16 bits the Hopper kernel does both at once (`attention_hopper`). This is how Sol-Attn
+(arXiv:2607.24027) treats blocks below its cutoff, and the zeroth order of PISA (arXiv:2602.01077). exp is convex, so
+the weight of a mean is at most the mean of the weights: the mass of a skipped block is underestimated. No correction of
+that is applied.
 
 Floor, of S queries and N = S / block_k pseudo-keys a head, with q and out read and out written again: at S = 32,760,
 H = 12, D = 128 in 16 bits and 64 keys a block 103 GFLOP (0.14 ms at 750 TFLOP/s) or 0.3 GB (0.08 ms at 4 TB/s), and
@@ -55,7 +56,7 @@ def merge_summaries(
         blocks: the lists that out and lse were computed along.
         scale: factor on the scores.
         order: int64 [1 or H, S], token ids in the order in which they enter blocks, or None.
-        backend: that of the call; the Hopper kernel's is merged by the portable Triton kernel.
+        backend: that of the call; what the Hopper kernel computed on codes is merged by the portable Triton kernel.
     """
     if backend == "host":
         mean_k, mean_v = (block_means(x, blocks.block_k, order=order).to(x.dtype) for x in (k, v))

@@ -40,6 +40,17 @@ class Clock(Protocol):
         """How many sets of inputs of `size` bytes to go through in turn, so that none waits in a cache."""
 
 
+def current_gpu() -> torch.device:
+    """The GPU that torch is set to.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("device: there is no GPU; valid: a machine with an NVIDIA or AMD GPU that torch can use")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 class CudaClock:
     """Times by events around every run, the host far ahead of the GPU.
 

@@ -1,21 +1,29 @@
-"""One run over many cases: each timed, compared with float64, and set beside the dense kernel of the same run."""
+"""One run over many cases: each timed, compared with float64, and set beside the dense kernel of the same run.
 
+`python -m sparse_dit.eval.bench.kernels` runs it where the command line's own packages are missing.
+"""
+
+import argparse
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
-from sparse_dit.eval.bench.cases import BLOCK_Q, Case, Group
-from sparse_dit.eval.bench.clock import Clock
+from sparse_dit.eval.bench.cases import BLOCK_Q, DENSITIES, SHAPES, Case, Group, plan, read_shape
+from sparse_dit.eval.bench.clock import Clock, CudaClock, current_gpu
 from sparse_dit.eval.bench.inputs import Inputs
+from sparse_dit.eval.bench.lines import left_out_line, row_line
 from sparse_dit.eval.bench.work import work
-from sparse_dit.eval.bench.yardsticks import dense_kernel
-from sparse_dit.eval.results import Row, device_of, provenance
+from sparse_dit.eval.bench.yardsticks import dense_kernel, others
+from sparse_dit.eval.results import Row, append_row, command_line, device_of, load_rows, provenance
 from sparse_dit.kernels.backends import is_hopper
 
 MEASURED, FAILED, LEFT_OUT = "measured", "failed", "left out"
+ROWS_FILE = "eval/results/bench-kernels.jsonl"
 
 
 def our_backends(device: torch.device) -> list[str]:
@@ -142,3 +150,91 @@ class Bench:
 
     def _why_left_out(self) -> str:
         return self._lost or f"the {self.seconds:g} seconds were over"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Args:
+        shapes: HEADSxTOKENSxHEAD_SIZE each.
+        densities: of the block lists, above 0 and up to 1.
+        seconds: no case starts later; what matters most is measured first.
+        flex: whether FlexAttention is measured, which compiles for long.
+
+    Raises:
+        ValueError: what is no shape or no density, or no time.
+    """
+
+    shapes: Sequence[str] = tuple(map(str, SHAPES))
+    densities: Sequence[float] = DENSITIES
+    seconds: float = 120.0
+    flex: bool = True
+
+    def __post_init__(self) -> None:
+        for text in self.shapes:
+            read_shape(text)
+        for density in self.densities:
+            if not 0 < density <= 1:
+                raise ValueError(f"densities: {density}; valid: above 0 and up to 1")
+        if not self.seconds > 0:
+            raise ValueError(f"seconds: {self.seconds}; valid: above 0")
+
+    def groups(self, device: torch.device) -> list[Group]:
+        """All that a device can run of it, in the order of its weight."""
+        shapes = [read_shape(text) for text in self.shapes]
+        return plan(shapes, self.densities, our_backends(device), others(device), self.flex)
+
+
+def run(request: Request, rows_file: Path, command: str, clock: Clock | None = None) -> list[Row]:
+    """Measures what is asked for on the current GPU, and appends and prints each row as soon as it is there.
+
+    Args:
+        request: what to measure.
+        rows_file: the JSONL file.
+        command: how the run was asked for, as the rows tell it.
+        clock: what times; None is `CudaClock`.
+
+    Returns:
+        The rows, those of what time did not allow at the end of their group; only these are not in the file.
+
+    Raises:
+        ValueError: there is no GPU, or as `load_rows`.
+    """
+    device = current_gpu()
+    load_rows(rows_file)  # a damaged file is told before anything is measured
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = []
+    for row in Bench(device, dtype, clock or CudaClock(device), request.seconds, command).rows(request.groups(device)):
+        if row["status"] != LEFT_OUT:
+            append_row(rows_file, row)
+        found.append(row)
+        print(row_line(row), flush=True)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `bench kernels` without the command line's own packages; returns the exit code."""
+    usual = Request()
+    parser = argparse.ArgumentParser(prog="python -m sparse_dit.eval.bench.kernels", description=main.__doc__)
+    parser.add_argument("--shapes", nargs="+", default=list(usual.shapes), metavar="HEADSxTOKENSxHEAD_SIZE")
+    parser.add_argument("--densities", nargs="+", type=float, default=list(usual.densities), metavar="DENSITY")
+    parser.add_argument("--seconds", type=float, default=usual.seconds)
+    parser.add_argument("--no_flex", action="store_true", help="leave out FlexAttention, which compiles for long")
+    parser.add_argument("--out", type=Path, default=Path(ROWS_FILE))
+    given = parser.parse_args(argv)
+    command = command_line(parser.prog, sys.argv[1:] if argv is None else argv)
+    try:
+        request = Request(given.shapes, given.densities, given.seconds, not given.no_flex)
+        rows = run(request, given.out, command)
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    if left := [row for row in rows if row["status"] == LEFT_OUT]:
+        print(left_out_line(left))
+    print(f"wrote {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

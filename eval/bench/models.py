@@ -6,7 +6,6 @@ A step is one forward of the transformer. Weights are random, so times and memor
 
 import argparse
 import gc
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from sparse_dit.eval.bench.kernels import FAILED, LEFT_OUT, MEASURED
 from sparse_dit.eval.bench.steps import Measured, Subject, Times
 from sparse_dit.eval.bench.variants import STOCK, VARIANTS, Variant
 from sparse_dit.eval.bench.yardsticks import dense_kernel
-from sparse_dit.eval.results import Row, append_row, device_of, load_rows, provenance
+from sparse_dit.eval.results import Row, append_row, command_line, device_of, load_rows, provenance
 
 ROWS_FILE = "eval/results/bench-models.jsonl"
 LARGEST_ERROR = 0.1  # of dense attention through our kernel: rounding in 16 bits, carried through the layers
@@ -270,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(ROWS_FILE))
     given = parser.parse_args(argv)
-    command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)])
+    command = command_line(parser.prog, sys.argv[1:] if argv is None else argv)
     try:
         request = Request(given.cases, given.variants, given.seconds, given.compiled, given.tiny)
         rows = run(request, given.out, command)

@@ -7,8 +7,9 @@ import torch
 
 from sparse_dit.app import bench as commands
 from sparse_dit.app.cli import main
-from sparse_dit.eval.bench import clock
+from sparse_dit.eval.bench import kernels, tune
 from sparse_dit.eval.bench.architectures import ARCHITECTURES
+from sparse_dit.eval.bench.clock import HostClock
 from sparse_dit.eval.bench.variants import VARIANTS
 from sparse_dit.eval.results import load_rows
 from sparse_dit.kernels import tiles
@@ -19,9 +20,9 @@ ARGUMENTS = ["bench", "kernels", "--shapes", "1x200x64", "--densities", "1.0", "
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the commands measure on the CPU, where they would refuse to."""
-    monkeypatch.setattr(commands, "_gpu", lambda: torch.device("cpu"))
-    monkeypatch.setattr(commands, "_dtype", lambda: torch.float32)
-    monkeypatch.setattr(clock, "CudaClock", lambda device: clock.HostClock(runs=1))
+    for bench in (kernels, tune):
+        monkeypatch.setattr(bench, "current_gpu", lambda: torch.device("cpu"))
+        monkeypatch.setattr(bench, "CudaClock", lambda device: HostClock(runs=1))
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -83,9 +84,12 @@ def test_bench_models_prints_and_appends_a_row_a_variant(tmp_path: Path, capsys:
     assert f"wrote {out}" in printed
 
 
-def test_options_name_all_cases_and_variants() -> None:
+def test_options_are_those_of_the_benches() -> None:
     assert list(ARCHITECTURES) == commands.CASES
     assert list(VARIANTS) == commands.VARIANTS
+    usual = kernels.Request()
+    assert (list(usual.shapes), list(usual.densities)) == (commands.SHAPES, commands.DENSITIES)
+    assert list(tune.Request().head_sizes) == commands.HEAD_SIZES
 
 
 @pytest.mark.usefixtures("on_cpu")

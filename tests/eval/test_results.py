@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from sparse_dit.eval.results import SCHEMA, append_row, identity, load_rows, provenance, read_rows, to_json
+from sparse_dit.eval.results import (
+    SCHEMA,
+    append_row,
+    command_line,
+    identity,
+    load_rows,
+    provenance,
+    read_rows,
+    to_json,
+)
 
 
 def test_rows_come_back(tmp_path: Path) -> None:
@@ -108,6 +117,18 @@ def test_identity_depends_on_every_value_and_not_on_order() -> None:
     assert identity(recipe={"b": 2, "a": 1}, seed=1) == base
     assert identity(seed=2, recipe={"a": 1, "b": 2}) != base
     assert identity(seed=1, recipe={"a": 1, "b": 3}) != base
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--out", "/home/me/a b/rows.jsonl", "--seconds", "3"], "--out rows.jsonl --seconds 3"),
+        (["--out=/home/me/rows.jsonl", "--recipe.skipped=drop"], "--out=rows.jsonl --recipe.skipped=drop"),
+        (["runs/mine.jsonl", "--prompt", "a red = circle", "-1"], "runs/mine.jsonl --prompt 'a red = circle' -1"),
+    ],
+)
+def test_commands_tell_no_folder_of_the_machine(arguments: list[str], told: str) -> None:
+    assert command_line("python -m rows", arguments) == f"python -m rows {told}"
 
 
 def test_provenance_names_versions() -> None:

@@ -35,7 +35,7 @@ def test_the_pages_show_the_rows() -> None:
         assert page.read_text(encoding="utf-8") == text, "run: make table"
 
 
-def test_speed_shows_plain_calls_of_our_kernels_and_the_worst_error() -> None:
+def test_speed_shows_plain_calls_of_kernels_that_take_lists_and_the_worst_error() -> None:
     rows = [
         kernel_row(),
         kernel_row(wanted_density=1.0, ratio=1.0, error=0.003),
@@ -44,8 +44,12 @@ def test_speed_shows_plain_calls_of_our_kernels_and_the_worst_error() -> None:
         kernel_row(ordered=True, ratio=9.0),
         kernel_row(blocks=[128, 64], ratio=9.0),
         kernel_row(status="failed", ratio=None),
+        kernel_row(kernel="flex", ratio=2.0),
     ]
-    assert speed(rows).splitlines()[2:] == ["| 2 x 1,234 x 64 | hopper | native | 1.00 | 3.14 | 0.0030 |"]
+    assert speed(rows).splitlines()[2:] == [
+        "| 2 x 1,234 x 64 | hopper | native | 1.00 | 3.14 | 0.0030 |",
+        "| 2 x 1,234 x 64 | FlexAttention | native |  | 2.00 | 0.0020 |",
+    ]
 
 
 def test_systems_are_sorted_by_psnr_within_density_and_dense_steps() -> None:

@@ -58,9 +58,8 @@ def test_it_finds_what_an_exhaustive_search_finds_and_runs_nothing_twice(pipe, s
     candidates = load_space(space, 2)
     told: list[str] = []
     tuner = Tuner(pipe, "mini", REQUEST, tmp_path / "tuned.yaml", tell=told.append)
-    everything = tuner.tune(candidates, PROMPTS, Floor("psnr", 1e9))
-    assert everything.answer is None
-    assert everything.runs == 6 * 3
+    tuner.exhaust(candidates, PROMPTS)
+    assert len(load_rows(tmp_path / "tuned.rows.jsonl")) == 6 * 3
     assert tuner.references.made == 3, "one dense run a prompt"
     means = [statistics.fmean(row["psnr"] for row in tuner.rows_of(c.recipe, PROMPTS)) for c in candidates]
     assert len(told) == 18
@@ -111,7 +110,7 @@ def test_what_fails_or_does_not_fit_is_named_and_the_rest_goes_on(pipe, tmp_path
     tuned = tuner.tune(candidates, PROMPTS[:2], Floor("psnr", 0.0))
     assert tuned.candidates[tuned.answer.candidate].label == "b"
     assert [line.partition(":")[0] for line in tuned.complaints] == ["c does not fit", "a failed"]
-    assert "frames are not finite (a red circle moves right)" in tuned.complaints[1]
+    assert "frames are not finite (a " in tuned.complaints[1]
     with pytest.raises(ValueError, match=r"no candidate fits; .*c does not fit"):
         tuner.tune(candidates[2:], PROMPTS, Floor("psnr", 0.0))
 
@@ -121,7 +120,7 @@ def test_limits_stop_it_and_it_goes_on(pipe, space: str, tmp_path: Path) -> None
 
     def tuned(limits: Limits | None = None):
         tuner = Tuner(pipe, "mini", REQUEST, out, tell=lambda line: None)
-        return tuner.tune(load_space(space, 2), PROMPTS[:3], Floor("psnr", 20.0), limits)
+        return tuner.tune(load_space(space, 2), PROMPTS[:3], Floor("psnr", 62.0), limits)
 
     assert tuned(Limits(seconds=0.0)).stopped == "0 seconds were over"
     assert not load_rows(out.with_suffix(".rows.jsonl"))
@@ -139,7 +138,7 @@ def test_sigkill_costs_the_run_in_flight_at_most(pipe, space: str, tmp_path: Pat
 
     def tune() -> tuning.Tuned:
         tuner = Tuner(pipe, "mini", REQUEST, out, tell=lambda line: None)
-        return tuner.tune(load_space(space, 2), PROMPTS, Floor("psnr", 22.0))
+        return tuner.tune(load_space(space, 2), PROMPTS, Floor("psnr", 62.0))
 
     kept = b""
     for least in (2, 5):

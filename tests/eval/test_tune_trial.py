@@ -40,7 +40,7 @@ def test_searches_beside_an_exhaustive_one(mini_wan: Path, tmp_path: Path, monke
     request = Request("", steps=1, height=48, width=48, num_frames=5)
     options = argparse.Namespace(
         folder=tmp_path, space=str(tmp_path / "space.yaml"), prompts=5, drawn="", floors=[0.0, 500.0], searches=7,
-        rows=tmp_path / "tuned.rows.jsonl", faster=False,
+        rows=tmp_path / "tuned.rows.jsonl", faster=False, candidates=0,
     )  # fmt: skip
     row = whole(options, request)
     assert row["exhaustive_runs"] == 3 * 5
@@ -54,4 +54,8 @@ def test_searches_beside_an_exhaustive_one(mini_wan: Path, tmp_path: Path, monke
     assert (told["candidates"], told["prompts"], told["exhaustive_runs"]) == (3, 5, 15)
     assert told["free"]["near"] == 7
     assert told["free"]["share_most"] <= 1
-    json.dumps(told)
+    options.candidates = 2
+    small = replay(options, request)
+    assert (small["candidates"], small["drawn_from"], small["exhaustive_runs"]) == (2, 3, 10)
+    assert small["free"]["near"] == 7
+    json.dumps([told, small])

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparse_dit.kernels.gather import gather_tokens
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
-from sparse_dit.kernels.oracle import oracle_attention
+from sparse_dit.kernels.oracle import oracle_attention, oracle_summary_attention
+from sparse_dit.kernels.oracle_blocks import oracle_block_means
 
 
 def _tolerances(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[float, float]:
@@ -58,6 +60,62 @@ def check() -> Callable[..., None]:
         assert out.dtype is q.dtype
         assert lse.dtype is torch.float32
         tolerance_out, tolerance_lse = _tolerances(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+        torch.testing.assert_close(out.double(), expected_out, atol=tolerance_out, rtol=0)
+        torch.testing.assert_close(lse.double(), expected_lse, atol=tolerance_lse, rtol=0)
+
+    return compare
+
+
+def _summary_tolerances(q: Tensor, k: Tensor, v: Tensor, scale: float, mean_k: Tensor) -> tuple[float, float]:
+    """How far out and lse with summaries may lie from the oracle; u is the unit roundoff of the dtype, w = 2^-24.
+
+    To what `_tolerances` derives for attention along lists, summaries add:
+    - means are rounded to the dtype: a score moves by u of |scale q| |mean k|, and mean v by u of its size. The sums
+      of fp32 that make the means err by less than 4 sqrt(n) w of the tokens they sum, and w scale |q| |k| in a score.
+    - out is rounded once before the merge, and once after: u. Weights of the merge err by 4 w and by w of |lse|.
+    """
+    u, w = torch.finfo(q.dtype).eps / 2, 2.0**-24
+    # Bounds on |score|: of q with keys, and of q with the means of keys, which are no longer than keys are.
+    longest = float(q.float().norm(dim=-1).max())
+    size, rounded = (scale * longest * float(x.float().norm(dim=-1).max()) for x in (k, mean_k))
+    score = (8 * math.sqrt(q.shape[-1]) * w + 2 * w) * size + u * rounded
+    exponential = 4 * w if q.dtype is torch.float32 else 2.0**-14
+    weight = score + exponential + 4 * math.sqrt(k.shape[2]) * w
+    merge = 4 * w + 4 * w * (size + math.log(k.shape[2]))
+    return (4 * u + 2 * weight + merge) * float(v.float().abs().max()), weight + merge
+
+
+@pytest.fixture
+def summary_tolerances() -> Callable[..., tuple[float, float]]:
+    """The bounds on out and lse with summaries, of q, k, v, scale and the block means of k."""
+    return _summary_tolerances
+
+
+@pytest.fixture
+def check_summary() -> Callable[..., None]:
+    """Runs a backend with summaries, in native precision, and compares out and lse with the oracle."""
+
+    def compare(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        block_q: int,
+        block_k: int,
+        backend: str | None,
+        scale: float | None = None,
+        order: Tensor | None = None,
+    ) -> None:
+        lists = mask_to_lists(mask, block_q, block_k)
+        out, lse = block_sparse_attention(q, k, v, lists, scale=scale, order=order, skipped="summary", backend=backend)
+        assert out.dtype is q.dtype
+        assert lse.dtype is torch.float32
+        assert out.transpose(1, 2).is_contiguous()
+        if order is not None:
+            q, k, v, out, lse = (gather_tokens(x, order) for x in (q, k, v, out, lse))
+        expected_out, expected_lse = oracle_summary_attention(q, k, v, mask, block_q, block_k, scale)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        tolerance_out, tolerance_lse = _summary_tolerances(q, k, v, scale, oracle_block_means(k, block_k))
         torch.testing.assert_close(out.double(), expected_out, atol=tolerance_out, rtol=0)
         torch.testing.assert_close(lse.double(), expected_lse, atol=tolerance_lse, rtol=0)
 

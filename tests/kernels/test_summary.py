@@ -31,52 +31,8 @@ def orders(heads, seq, device="cpu"):
     return torch.stack([torch.randperm(seq, generator=generator) for _ in range(heads)]).to(device)
 
 
-def sizes_of(q, k, scale):
-    """Bounds on |score|: of q with keys, and of q with the means of keys, which are no longer than keys are."""
-    return scale * float(q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max())
-
-
-def tolerances(q, k, v, scale, mean_k):
-    """How far out and lse may lie from the float64 oracle; u is the unit roundoff of the dtype, w = 2^-24 that of fp32.
-
-    To what `conftest` derives for attention along lists, summaries add:
-    - means are rounded to the dtype: a score moves by u of |scale q| |mean k|, and mean v by u of its size. The sums
-      of fp32 that make the means err by less than 4 sqrt(n) w of the tokens they sum, and w scale |q| |k| in a score.
-    - out is rounded once before the merge, and once after: u. Weights of the merge err by 4 w and by w of |lse|.
-    """
-    u, w = torch.finfo(q.dtype).eps / 2, 2.0**-24
-    size = sizes_of(q, k, scale)
-    rounded = u * sizes_of(q, mean_k, scale)
-    score = (8 * math.sqrt(q.shape[-1]) * w + 2 * w) * size + rounded
-    exponential = 4 * w if q.dtype is torch.float32 else 2.0**-14
-    weight = score + exponential + 4 * math.sqrt(k.shape[2]) * w
-    merge = 4 * w + 4 * w * (size + math.log(k.shape[2]))
-    return (4 * u + 2 * weight + merge) * float(v.float().abs().max()), weight + merge
-
-
 @pytest.fixture
-def check_summary():
-    """Runs a backend in native precision and compares out and lse with the oracle."""
-
-    def compare(q, k, v, mask, block_q, block_k, backend, scale=None, order=None):
-        lists = mask_to_lists(mask, block_q, block_k)
-        out, lse = block_sparse_attention(q, k, v, lists, scale=scale, order=order, skipped="summary", backend=backend)
-        assert out.dtype is q.dtype
-        assert lse.dtype is torch.float32
-        assert out.transpose(1, 2).is_contiguous()
-        if order is not None:
-            q, k, v, out, lse = (gather_tokens(x, order) for x in (q, k, v, out, lse))
-        expected_out, expected_lse = oracle_summary_attention(q, k, v, mask, block_q, block_k, scale)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        tolerance_out, tolerance_lse = tolerances(q, k, v, scale, oracle_block_means(k, block_k))
-        torch.testing.assert_close(out.double(), expected_out, atol=tolerance_out, rtol=0)
-        torch.testing.assert_close(lse.double(), expected_lse, atol=tolerance_lse, rtol=0)
-
-    return compare
-
-
-@pytest.fixture
-def check_codes():
+def check_codes(summary_tolerances):
     """The same for codes: merges, in float64, attention on what they stand for with that over the pseudo-keys alone."""
 
     def compare(q, k, v, mask, block_q, block_k, precision, backend, order=None, scale=0.125):
@@ -98,7 +54,7 @@ def check_codes():
         total = torch.logaddexp(listed_lse, scores.logsumexp(dim=-1))
         share = (listed_lse - total).exp()[..., None]
         expected = share * listed_out + (scores - total[..., None]).exp() @ mean_v
-        tolerance_out, tolerance_lse = tolerances(q, k, v, scale, mean_k)
+        tolerance_out, tolerance_lse = summary_tolerances(q, k, v, scale, mean_k)
         top = float(v.float().abs().max())
         n = k.shape[2]
         added = 4 * WEIGHT[precision] * spread * share + (n * 2.0**-18 * top if WEIGHT[precision] else 0.0)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_dit.kernels import tiles
+from sparse_dit.kernels import attention, tiles
+from sparse_dit.kernels import attention_int8 as int8
 from sparse_dit.kernels.tiles import HEAD_SIZES, PRECISIONS, Launch, TileRow, pinned, read_rows, trial, write_rows
 
 SHIPPED = Path(tiles.__file__).with_name("tiles.json")
@@ -183,6 +184,18 @@ def test_a_trial_holds_within_its_block(file: Path) -> None:
     with suppress(RuntimeError), trial(tried):
         raise RuntimeError("out of resource")
     assert pinned("mass", "native", 64, "sm_90") == entry
+
+
+@pytest.mark.parametrize(("block_q", "block_k", "warps"), [(128, 128, 8), (128, 64, 8), (128, 32, 4), (64, 128, 4)])
+def test_smaller_blocks_cut_tiles_and_then_warps(block_q: int, block_k: int, warps: int, file: Path) -> None:
+    """A launch that is best for blocks of 128 must not be a bad one for those of 64: of half the warps it spills."""
+    write_rows([], file)
+    for kernel, precision in (("attention", "native"), ("attention_int8", "int8"), ("attention_int8", "int8_fp8")):
+        entry = next(entry for entry in ROWS if entry.key == (kernel, "sm_90", 128, precision))
+        with trial(replace(entry, launch=Launch(128, 128, 8, 3))):
+            sizes = (128, block_q, block_k, "sm_90")
+            found = attention.launch_for(*sizes) if kernel == "attention" else int8.launch_for(precision, *sizes)
+        assert found == Launch(block_q, block_k, warps, 3)
 
 
 def test_a_cpu_has_an_architecture_of_its_own() -> None:

@@ -229,6 +229,54 @@ def test_the_processors_clock_goes_through_input_sets() -> None:
     assert (timing.runs, timing.ms >= 0) == (3, True)
 
 
+ARGUMENTS = ["--shapes", "1x200x64", "--densities", "1.0", "0.3", "--no_flex"]
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `main` measure on the CPU, where it would refuse to."""
+    monkeypatch.setattr(kernels, "current_gpu", lambda: CPU)
+    monkeypatch.setattr(kernels, "CudaClock", lambda device: FixedClock(2.0))
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_main_appends_rows_that_tell_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "rows.jsonl"
+    assert kernels.main([*ARGUMENTS, "--out", str(out)]) == 0
+    rows = load_rows(out)
+    asked = "python -m sparse_dit.eval.bench.kernels --shapes 1x200x64 --densities 1.0 0.3 --no_flex --out rows.jsonl"
+    assert {row["command"] for row in rows} == {asked}
+    assert {row["status"] for row in rows} == {MEASURED}
+    planned = kernels.Request(["1x200x64"], [1.0, 0.3], flex=False).groups(CPU)
+    assert len(rows) == 1 + sum(len(group.cases) for group in planned)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("1x200x64 sdpa density 1: measured, 2.000 ms, 1.00 x sdpa, error 0.0000")
+    assert printed[-1] == f"wrote {out}"
+    assert len(printed) == len(rows) + 1
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_main_says_what_it_had_no_time_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernels.main([*ARGUMENTS, "--seconds", "1e-9", "--out", str(tmp_path / "rows.jsonl")]) == 0
+    assert "left out, the 1e-09 seconds were over: 1x200x64 host density 1;" in capsys.readouterr().out
+    assert load_rows(tmp_path / "rows.jsonl") == []
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_main_refuses_a_damaged_file_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text("{\n")
+    assert kernels.main([*ARGUMENTS, "--out", str(tmp_path / "rows.jsonl")]) == 2
+    told = capsys.readouterr()
+    assert (told.out, "line 1 is no JSON" in told.err) == ("", True)
+
+
+def test_a_request_for_flex_attention_puts_it_last() -> None:
+    asked = kernels.Request(["1x200x64", "2x300x64"], [0.5])
+    last = [case.kernel for group in asked.groups(CPU)[-2:] for case in group.cases]
+    assert last == ["flex", "flex"]
+    assert all(case.kernel != "flex" for group in asked.groups(CPU)[:-2] for case in group.cases)
+
+
 def test_a_cpu_has_no_yardsticks_but_sdpa() -> None:
     assert others(CPU) == []
     assert kernels.our_backends(CPU) == ["host"]

@@ -97,6 +97,60 @@ def test_when_time_is_up_nothing_more_is_tried(monkeypatch: pytest.MonkeyPatch) 
     assert all(isinstance(line, str) and "seconds were over" in line for line in found)
 
 
+def test_what_main_writes_is_what_kernels_are_launched_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a pretended sm_90, with no name for the file: it lies where kernels look."""
+    best = Launch(64, 32, 8, 4)
+    pretending = Pretending(lambda launch: 1.0 if launch == best else 2.0)
+    monkeypatch.setattr(pretending, "launch", lambda: pinned("mass", "native", 64, "sm_90").launch)
+    monkeypatch.setattr(tuning, "work", pretending.work)
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tuning, "current_gpu", lambda: CPU)
+    monkeypatch.setattr(tuning, "CudaClock", lambda device: pretending)
+    assert pinned("mass", "native", 64, "sm_90").launch != best
+    assert tuning.main(["--head_sizes", "64"]) == 0
+    file = tmp_path / "sparse_dit" / "tiles.json"
+    printed = capsys.readouterr().out
+    assert "mass, native, head size 64: 64 x 32, 8 warps, 4 stages, 1.000 ms (pinned 2.000 ms; 24 measured" in printed
+    assert printed.endswith(f"wrote {file}\n")
+    [row] = read_rows(file.read_text(), "file")
+    assert (row.key, row.launch) == (("mass", "sm_90", 64, "native"), best)
+    assert pinned("mass", "native", 64, "sm_90") == row
+    assert pinned("mass", "native", 128, "sm_90").launch != best
+
+
+def test_main_tells_when_nothing_could_be_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tuning, "current_gpu", lambda: CPU)
+    monkeypatch.setattr(tuning, "CudaClock", lambda device: Pretending(lambda launch: 1.0))
+    assert tuning.main(["--head_sizes", "64", "--seconds", "1e-9", "--out", str(tmp_path / "mine.json")]) == 0
+    assert "nothing was measured; " in capsys.readouterr().out
+    assert not (tmp_path / "mine.json").exists()
+
+
+def test_each_has_an_even_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four of them in 40 seconds, each launch a second: the last one is still tried ten times, not left out."""
+    now = [0.0]
+    pretending = Pretending(lambda launch: 1.0)
+
+    def measure(call: Call) -> Timing:
+        now[0] += 1.0
+        return Pretending.measure(pretending, call)
+
+    def every(case: Case, inputs: Inputs) -> Work:
+        return Work(lambda run: pretending.seen.append(pretending.launch()), error=lambda: 0.01)
+
+    monkeypatch.setattr(pretending, "measure", measure)
+    monkeypatch.setattr(tuning, "work", every)
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: now[0])
+    found = list(tune(CPU, torch.float32, pretending, [64], seconds=40.0))
+    tried = [each.tried for each in found if isinstance(each, Tuned)]
+    assert len(tried) == 4
+    assert all(10 <= count <= 12 for count in tried)
+
+
 def test_candidates_are_valid_rows_the_pinned_one_first(tmp_path: Path) -> None:
     entry = pinned("attention", "native", 128, "sm_90")
     launches = candidates(entry.launch)
