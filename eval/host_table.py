@@ -8,15 +8,15 @@ from sparse_dit.eval.results import Row
 
 
 def host(rows: Sequence[Row]) -> str:
-    """Host time of one call beyond stock's by recipe, a column a GPU.
+    """Host time of one call beyond stock's by recipe, a column for each GPU and revision.
 
     Args:
-        rows: as `python -m sparse_dit.eval.bench.host` writes them; the last one of each GPU counts.
+        rows: as `python -m sparse_dit.eval.bench.host` writes them; the last one of each GPU and revision counts.
     """
-    last = {row["device"]["name"]: row for row in rows if row["device"]["type"] == "cuda"}
+    last = {f"{row['device']['name']}, {row['revision'][:7]}": row for row in rows if row["device"]["type"] == "cuda"}
     if not last:
         return "Not measured yet."
-    recipes = dict.fromkeys(name for row in last.values() for name in row["beyond_us"])
+    recipes = dict.fromkeys(name for row in reversed(last.values()) for name in row["beyond_us"])
     lines = [
         f"| us of host time a call | {' | '.join(last)} |",
         f"| --- | {' | '.join('---:' for _ in last)} |",

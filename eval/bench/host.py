@@ -8,7 +8,6 @@ kernels of both sides are replaced by ones that return at once, and what is left
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -144,7 +143,7 @@ def main() -> None:
         "beyond_us": beyond,
         "shape": {"grid": GRID, "heads": HEADS, "head_size": HEAD_SIZE},
         "device": device_of(device, dtype),
-        "command": " ".join(["python -m sparse_dit.eval.bench.host", *sys.argv[1:]]),
+        "command": "python -m sparse_dit.eval.bench.host" + (f" --rows {options.rows.name}" if options.rows else ""),
         **provenance(),
     }
     print(to_json(row))

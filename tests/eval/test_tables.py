@@ -136,16 +136,22 @@ def test_overhead_shows_the_last_row_of_each_and_what_is_above_its_limit() -> No
     assert overhead([]) == "No rows yet."
 
 
-def test_host_times_show_the_last_row_of_each_gpu() -> None:
+def test_host_times_show_the_last_row_of_each_gpu_and_revision() -> None:
     def row(name: str, own: float, kind: str = "cuda", **beyond: float) -> dict[str, Any]:
-        return {"device": {"type": kind, "name": name}, "own_us": own, "beyond_us": beyond}
+        device, _, revision = name.partition(" ")
+        return {"device": {"type": kind, "name": device}, "revision": revision, "own_us": own, "beyond_us": beyond}
 
-    text = host([row("A", 1.0, static=2.0), row("A", 29.4, static=99.6, kept=7.0), row("B", 30.0, static=100.4)])
+    rows = [
+        row("A 1234567f", 1.0, static=2.0),
+        row("A 1234567e", 29.4, static=99.6, kept=7.0),
+        row("A 7", 30, static=100.4),
+    ]
+    text = host(rows)
     assert text.splitlines() == [
-        "| us of host time a call | A | B |",
+        "| us of host time a call | A, 1234567 | A, 7 |",
         "| --- | ---: | ---: |",
         "| stock itself | 29 | 30 |",
         "| static, beyond stock | 100 | 100 |",
         "| kept, beyond stock | 7 |  |",
     ]
-    assert host([]) == host([row("a CPU", 1.0, kind="cpu")]) == "Not measured yet."
+    assert host([]) == host([row("CPU 1", 1.0, kind="cpu")]) == "Not measured yet."
