@@ -141,11 +141,13 @@ def run_share(ratios: Ratios, schedule: Schedule, plan: Explanation) -> float:
     """
     total, last = 0.0, None
     for step in plan.steps:
-        total += sum(step.dense_layers.values())
-        if step.sparse_layers:
+        # A whole call that a search or a cache needs is the recipe's own, with what it finds or keeps.
+        calls = step.sparse_layers + step.dense_layers.get("refresh", 0)
+        total += sum(step.dense_layers.values()) + step.sparse_layers - calls
+        if calls:
             refresh = schedule.refreshes(step.step, last)
             last = step.step if refresh else last
-            total += step.sparse_layers * (ratios.refresh if refresh else ratios.kept)
+            total += calls * (ratios.refresh if refresh else ratios.kept)
     return total / (plan.layers * len(plan.steps))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from sparse_dit.calibration import SEARCHES, Search
 from sparse_dit.recipe import Recipe, load_recipe
+from sparse_dit.skipped import Reuse
 
 DENSITIES = (0.5, 0.25, 0.12)
 DENSE_FRACTIONS = (0.0, 0.2)
@@ -140,10 +141,15 @@ RULES: dict[str, dict[str, Any]] = {
     "flat": {"name": "mass", "adaptive": False},
 }
 SKIPPED = ("drop", "summary")
-# What skipped blocks added at the last whole call, as DiTFastAttn keeps it: beside settings that make such calls.
-REUSE: dict[str, Any] = {"name": "reuse", "ratio": False}
-_REFRESH_EVERY = 5
 OURS = "ours"
+# Ours with a cache of what the summaries of skipped blocks missed at the last whole call: each token keeps its own, as
+# the systems do that keep residuals, or runs of tokens the mean of theirs. Named order-rule-cachedS, S the percent of
+# what a run computes that goes into its whole steps.
+CACHED, IN_PARTS = f"{OURS}-cached", f"{OURS}-cached-parts"
+PART = 8
+CACHE: dict[str, Any] = {"name": "reuse", "ratio": False, "summary": True}
+_CACHED_RULES = ("lse4", "lse4-gain", "lse2")
+_WHOLE_SHARES = (50, 67, 80)
 _SEARCHES_AFTER = (4, 12)  # of mixtures that search, as many steps after the first one
 
 
@@ -240,31 +246,51 @@ def twin(name: str) -> str:
     return f"{choice}-{SKIPPED[1 - SKIPPED.index(skipped)]}"
 
 
-def reusing(name: str, run_density: float, whole_steps: int, steps: int, blocks: int) -> Recipe | None:
-    """A mixture's order and rule with what skipped blocks added at the last whole call, every fifth sparse step whole.
+def cached_mixtures() -> Iterator[str]:
+    """Names of all mixtures with a cache."""
+    for rule, share in itertools.product(_CACHED_RULES, _WHOLE_SHARES):
+        yield f"hilbert-{rule}-cached{share}"
+
+
+def cached(name: str, run_density: float, steps: int, blocks: int, part: int = 1) -> Recipe | None:
+    """A mixture with a cache that computes as much over a run as another recipe.
 
     Args:
-        name: of the mixture; what it does with skipped blocks does not count.
-        run_density, whole_steps, steps, blocks: as `at_run_density`.
+        name: of `cached_mixtures`.
+        run_density, steps, blocks: as `at_run_density`.
+        part: tokens that share what is kept.
 
     Returns:
-        The recipe, or `None` where so many whole steps, or so little computing, do not come about.
+        The recipe, or `None` where so little computing leaves no whole step, or nothing for the others.
     """
-    choice = name.rpartition("-")[0]
-    dense_steps = next(
-        (first for first in range(steps) if first + -(-(steps - first) // _REFRESH_EVERY) == whole_steps), None
-    )
-    plain = at_run_density(f"{choice}-drop", run_density, whole_steps, steps, blocks)
-    if dense_steps is None or plain is None:
+    choice, _, share = name.rpartition("-cached")
+    whole = math.floor(run_density * steps * int(share) / 100 + 0.5)
+    plain = at_run_density(f"{choice}-drop", run_density, whole, steps, blocks) if whole else None
+    if plain is None:
         return None
-    schedule = {"dense_steps": dense_steps, "refresh_every": _REFRESH_EVERY}
-    changed = {"name": f"{OURS}-reuse", "source": f"{choice}-reuse", "skipped": REUSE, "schedule": schedule}
+    changed = {
+        "name": name,
+        "skipped": {**CACHE, "part": part},
+        "schedule": {"refresh_steps": growing(whole, steps)},
+    }
     return Recipe.from_dict({**plain.to_dict(), **changed})
 
 
+def growing(count: int, steps: int) -> list[int]:
+    """So many of the steps, from step 0 on, whose gaps grow evenly: the first ones lie closest."""
+    found = [0]
+    for number in range(1, count):
+        planned = math.floor(steps * number * (number + 1) / (count * (count + 1)) + 0.5)
+        found.append(max(planned, found[-1] + 1))
+    return found
+
+
 def as_ours(recipe: Recipe) -> Recipe:
-    """The recipe of a mixture that the search found, under the name `ours`, or `ours-drop` without summaries."""
-    name = OURS if str(recipe.skipped) == "summary" else f"{OURS}-drop"
+    """The recipe of a mixture that the search found, under the name that tells what it does with skipped blocks."""
+    if isinstance(recipe.skipped, Reuse):
+        name = CACHED if recipe.skipped.part == 1 else IN_PARTS
+    else:
+        name = OURS if recipe.skipped.summarizes else f"{OURS}-drop"
     return Recipe.from_dict({**recipe.to_dict(), "name": name, "source": recipe.name})
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparse_dit.eval.contenders import DENSITIES, OURS
+from sparse_dit.eval.contenders import CACHED, DENSITIES, IN_PARTS, OURS
 from sparse_dit.eval.settings import Interval, Setting, interval, paired
 
 NEAR = 0.01  # run densities that count as equal
-KINDS = (OURS, f"{OURS}-drop", f"{OURS}-reuse")
+KINDS = (OURS, f"{OURS}-drop", CACHED, IN_PARTS)
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def caches(setting: Setting) -> bool:
 
 
 def is_equal(setting: Setting, other: Setting) -> bool:
-    """Whether two settings compute as much over a run, in as many whole steps."""
+    """Whether two settings compute as much over a run, in as many whole steps; ours with a cache places them itself."""
     within = abs(run_density(setting) - run_density(other)) <= NEAR
-    return within and whole_steps(setting) == whole_steps(other)
+    return within and (other.name in (CACHED, IN_PARTS) or whole_steps(setting) == whole_steps(other))
 
 
 def standing(setting: Setting, settings: Sequence[Setting], kind: str = OURS) -> Standing | None:
@@ -79,14 +79,16 @@ def standing(setting: Setting, settings: Sequence[Setting], kind: str = OURS) ->
     equal = [other for other in settings if other.name == kind and is_equal(setting, other)]
     if kind == OURS and caches(setting):
         # What keeps residuals is met by ours that keeps them, too.
-        keeps = f"{OURS}-reuse"
-        equal = [other for other in settings if other.name == keeps and is_equal(setting, other)] or equal
+        equal = [other for other in settings if other.name == CACHED and is_equal(setting, other)] or equal
     if not equal:
         return None
     # Where two are near enough: the one that was found for this density, then the nearest.
     ours = min(
         equal,
-        key=lambda other: (near(other) != near(setting), abs(run_density(other) - run_density(setting))),
+        key=lambda other: (
+            other.name in (OURS, f"{OURS}-drop") and near(other) != near(setting),
+            abs(run_density(other) - run_density(setting)),
+        ),
     )
     values = paired(ours, setting, "psnr")
     if not values:

@@ -5,9 +5,11 @@
 appends rows to three files in eval/results, and goes on where it stopped when it is started again. It goes in stages:
 
 1. `prepare`, on captions that neither training nor any table uses: mixtures of our own are searched, as many blocks
-   computed over the run as by AdaSpa with its one whole call; knobs are turned, profiles are calibrated.
+   computed over the run as by AdaSpa with its one whole call, and mixtures with a cache, as many as with every fifth
+   step whole; the best cache is taken apart (`eval.cache_worth`); knobs are turned, profiles are calibrated.
 2. `table`, on 16 held-out captions: every contender (`eval.contenders`) at every density and share of dense first
-   steps; and the mixture that the search found best for each density, with skipped blocks as summaries and dropped.
+   steps; and the mixture that the search found best for each density, with skipped blocks as summaries and dropped,
+   and the best one with a cache.
 3. `compare`: the same mixtures at the run density of every row of the table that has another one; and how much of whole
    attention the masks of all of them keep, on two captions of the search.
 """
@@ -29,18 +31,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparse_dit.eval import contest, knobs, results
+from sparse_dit.eval import cache_worth, contest, knobs, results
 from sparse_dit.eval.contenders import (
     BLOCK,
     CONTENDERS,
     DENSITIES,
+    PART,
     Calibrated,
     Sought,
     as_ours,
     at_run_density,
+    cached,
+    cached_mixtures,
     dense_steps_of,
     mixtures,
-    reusing,
     searching,
     small,
     twin,
@@ -146,7 +150,8 @@ class Runs:
         prompts = knobs.search_prompts(self.searched)
         tasks: list[Callable[[], None]] = [partial(self._profiles, name) for name in knobs.calibrated()]
         tasks += [partial(self._knob, name, prompts) for name in knobs.sought()]
-        return Sweep(list(searched_recipes()), prompts, self.files.search), tasks
+        recipes = [*searched_recipes(), *searched_caches(), *cache_worth.recipes(STEPS, BLOCKS)]
+        return Sweep(recipes, prompts, self.files.search), tasks
 
     def _profiles(self, name: str) -> None:
         knobs.make_profiles(self.pipe, name, self.request, self.files.profiles)
@@ -156,12 +161,14 @@ class Runs:
 
     def _table(self) -> tuple[Sweep, list[Callable[[], None]]]:
         recipes = list(table_recipes(knobs.values(self.files.knobs), self.files.profiles))
-        recipes += our_recipes(winners(results.load_rows(self.files.search)))
+        searched = results.load_rows(self.files.search)
+        recipes += our_recipes(winners(searched), best_cache(searched))
         return Sweep(recipes, held_out_prompts(self.prompts), self.files.table), []
 
     def _compare(self) -> tuple[Sweep, list[Callable[[], None]]]:
         # Nothing here may depend on rows that this stage appends: its shares are cut in several processes.
-        equal = equal_recipes(results.load_rows(self.files.table), winners(results.load_rows(self.files.search)))
+        searched = results.load_rows(self.files.search)
+        equal = equal_recipes(results.load_rows(self.files.table), winners(searched), best_cache(searched))
         tabled, _ = self._table()
         masks = {json.dumps(recipe.to_dict()): recipe for recipe in tabled.recipes if recipe.precision == "native"}
         tasks: list[Callable[[], None]] = [partial(self._recall, recipe) for recipe in masks.values()]
@@ -185,6 +192,19 @@ def searched_recipes() -> Iterator[Recipe]:
             recipe = at_run_density(name, (1 + (STEPS - 1) * _kept(density)) / STEPS, 1, STEPS, BLOCKS)
             assert recipe is not None
             yield recipe
+
+
+def searched_caches() -> Iterator[Recipe]:
+    """Every mixture with a cache, for every density at the run density of a budget with every fifth step whole."""
+    for density, name in itertools.product(DENSITIES, cached_mixtures()):
+        recipe = cached(name, _caching(density), STEPS, BLOCKS)
+        if recipe is not None:
+            yield recipe
+
+
+def _caching(density: float) -> float:
+    whole = STEPS // 5
+    return (whole + (STEPS - whole) * _kept(density)) / STEPS
 
 
 def _kept(density: float) -> float:
@@ -217,6 +237,27 @@ def winners(rows: Iterable[Row]) -> dict[float, str]:
     }
 
 
+def best_cache(rows: Iterable[Row]) -> str:
+    """The mixture with a cache with the highest PSNR in the search, mean over the densities at which all were run.
+
+    Raises:
+        ValueError: there are no rows of one.
+    """
+    found: dict[str, dict[float, list[float]]] = {name: defaultdict(list) for name in cached_mixtures()}
+    for row in rows:
+        for density in DENSITIES:
+            if row["recipe"]["name"] in found and abs(row["run_density"] - _caching(density)) < contest.NEAR:
+                found[row["recipe"]["name"]][density].append(row["psnr"])
+    means = {
+        name: statistics.fmean(statistics.fmean(values) for values in by_density.values())
+        for name, by_density in found.items()
+        if set(by_density) == set(DENSITIES)
+    }
+    if not means:
+        raise ValueError("search: no mixture with a cache has rows at all densities; valid: rows of the stage prepare")
+    return max(means, key=lambda name: means[name])
+
+
 def table_recipes(found: Mapping[tuple[str, float, int], float], profiles: Path) -> Iterator[Recipe]:
     """Every contender at every density and number of dense first steps, and some of them in INT8.
 
@@ -243,22 +284,31 @@ def table_recipes(found: Mapping[tuple[str, float, int], float], profiles: Path)
             yield recipe.override({"precision": precision})
 
 
-def our_recipes(found: Mapping[float, str]) -> list[Recipe]:
-    """The mixtures that were found, with summaries and without, at the densities of the table.
+def our_recipes(found: Mapping[float, str], cache: str) -> list[Recipe]:
+    """The mixtures that were found, with summaries and without and with a cache, at the densities of the table.
 
     One that searches makes its first call whole, so its budget is that much smaller.
+
+    Args:
+        found: as `winners`.
+        cache: as `best_cache`.
     """
     recipes = []
     for (density, name), dense_steps in itertools.product(found.items(), dense_steps_of(STEPS)):
         run_density = (dense_steps + (STEPS - dense_steps) * _kept(density)) / STEPS
         recipes += _both(name, run_density, dense_steps)
+        recipes += _cached(cache, run_density, 1, PART)
     return recipes
 
 
-def equal_recipes(rows: Iterable[Row], found: Mapping[float, str]) -> list[Recipe]:
+def equal_recipes(rows: Iterable[Row], found: Mapping[float, str], cache: str) -> list[Recipe]:
     """The mixtures that were found at the run density, and with the whole steps, of every other setting in the rows.
 
     Low precision is compared with native one of the same recipe, not with ours.
+
+    Args:
+        rows: of the table.
+        found, cache: as `our_recipes`.
     """
     others = [row for row in rows if row["recipe"]["precision"] == "native" and row["recipe"]["name"] in CONTENDERS]
     recipes = []
@@ -266,13 +316,17 @@ def equal_recipes(rows: Iterable[Row], found: Mapping[float, str]) -> list[Recip
         name = found[contest.near(setting)]
         wanted = contest.run_density(setting), contest.whole_steps(setting)
         recipes += _both(name, *wanted)
-        if contest.caches(setting) and (kept := reusing(name, *wanted, STEPS, BLOCKS)) is not None:
-            recipes.append(kept)
+        recipes += _cached(cache, wanted[0], *((1, PART) if contest.caches(setting) else (1,)))
     return list({json.dumps(recipe.to_dict()): recipe for recipe in recipes}.values())
 
 
 def _both(name: str, run_density: float, whole_steps: int) -> list[Recipe]:
     made = (at_run_density(each, run_density, whole_steps, STEPS, BLOCKS) for each in (name, twin(name)))
+    return [as_ours(recipe) for recipe in made if recipe is not None]
+
+
+def _cached(name: str, run_density: float, *parts: int) -> list[Recipe]:
+    made = (cached(name, run_density, STEPS, BLOCKS, part) for part in parts)
     return [as_ours(recipe) for recipe in made if recipe is not None]
 
 

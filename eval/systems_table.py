@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
 from sparse_dit.eval import contest
-from sparse_dit.eval.contenders import BLOCK, DENSITIES, OURS, mixtures
+from sparse_dit.eval.contenders import BLOCK, DENSITIES, PART, cached_mixtures, mixtures
 from sparse_dit.eval.results import Row
 from sparse_dit.eval.settings import Setting, settings
 from sparse_dit.selection.dynamic import blocks_of_share
@@ -28,6 +29,8 @@ _COLUMNS = (
     "ours, dB more",
     "clips won",
     "ours without summaries",
+    "ours with a cache",
+    f"in parts of {PART}",
 )
 _NONE = ""
 OVERHEAD_TOKENS = 32_760  # of the shape whose overhead is shown
@@ -50,16 +53,13 @@ def systems(rows: Sequence[Row], recalls: Sequence[Row] = (), overheads: Sequenc
     found = _newest(settings([row for row in rows if row["recipe"]["precision"] == "native"]))
     kept = {json.dumps(row["recipe"], sort_keys=True): row["recall"] for row in recalls}
     shares = {row["system"]: row["share"] for row in overheads if row["shape"]["tokens"] == OVERHEAD_TOKENS}
-    nominal = {
-        setting.rows[0]["recipe"]["schedule"]["dense_steps"] for setting in found if not contest.is_ours(setting)
-    }
     groups: dict[tuple[int, float], list[Setting]] = defaultdict(list)
     for setting in found:
         dense_steps = setting.rows[0]["recipe"]["schedule"]["dense_steps"]
         if not contest.is_ours(setting):
             groups[dense_steps, contest.near(setting)].append(setting)
-        elif (place := _place(setting, nominal)) is not None:
-            groups[place].append(setting)
+    for place in groups:
+        groups[place] += _ours_at(found, *place)
     lines = []
     for (dense_steps, density), members in sorted(groups.items(), key=lambda group: (group[0][0], -group[0][1])):
         ranked = sorted(members, key=lambda setting: -statistics.fmean(setting.values("psnr")))
@@ -81,7 +81,7 @@ def _newest(found: Sequence[Setting]) -> list[Setting]:
     """
     latest: dict[tuple[str, int, float], Setting] = {}
     for setting in sorted(found, key=lambda one: max(row.get("created", "") for row in one.rows)):
-        if not contest.is_ours(setting) and setting.name not in set(mixtures()):
+        if not contest.is_ours(setting) and setting.name not in {*mixtures(), *cached_mixtures()}:
             dense_steps = setting.rows[0]["recipe"]["schedule"]["dense_steps"]
             latest[setting.name, dense_steps, contest.near(setting)] = setting
     return [setting for setting in found if contest.is_ours(setting)] + list(latest.values())
@@ -117,20 +117,23 @@ def overhead(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _place(setting: Setting, nominal: set[int]) -> tuple[int, float] | None:
-    """The group in which one of ours has a line of its own: that whose run density it was made for."""
-    if setting.name == f"{OURS}-reuse":
-        return None  # beside others only
-    row = setting.rows[0]
-    blocks = -(-row["grid"][0] * row["grid"][1] * row["grid"][2] // BLOCK)
-    for dense_steps in nominal:
-        for density in DENSITIES:
-            kept = blocks_of_share(density, blocks) / blocks
-            run_density = (dense_steps + (row["steps"] - dense_steps) * kept) / row["steps"]
-            made_for = dense_steps <= contest.whole_steps(setting) <= dense_steps + 1
-            if made_for and abs(contest.run_density(setting) - run_density) < contest.NEAR / 2:
-                return dense_steps, density
-    return None
+def _ours_at(found: Sequence[Setting], dense_steps: int, density: float) -> list[Setting]:
+    """Of ours, those with a line of their own in a group: of each kind the one that was made for its run density."""
+
+    def away(setting: Setting) -> float:
+        row = setting.rows[0]
+        blocks = -(-math.prod(row["grid"]) // BLOCK)
+        kept = blocks_of_share(density, blocks) / blocks
+        wanted = (dense_steps + (int(row["steps"]) - dense_steps) * kept) / int(row["steps"])
+        return abs(contest.run_density(setting) - wanted)
+
+    def made_for(setting: Setting) -> bool:
+        if contest.caches(setting):  # a step more of whole attention moves the budget by more than a block
+            return away(setting) < contest.NEAR
+        return away(setting) < contest.NEAR / 2 and 0 <= contest.whole_steps(setting) - dense_steps <= 1
+
+    kinds = ([one for one in found if one.name == kind and made_for(one)] for kind in contest.KINDS)
+    return [min(those, key=away) for those in kinds if those]
 
 
 def _cells(
@@ -141,7 +144,8 @@ def _cells(
     recall = kept.get(json.dumps(recipe, sort_keys=True))
     name, mixture = setting.name, ""
     if contest.is_ours(setting):
-        name, mixture = _PRESETS[contest.near(setting)], f" ({recipe['source']})"
+        name = "cached" if contest.caches(setting) else _PRESETS[contest.near(setting)]
+        mixture = f" ({recipe['source']})"
     share = shares.get(name)
     cells = [
         f"{setting.name}{mixture}",
@@ -158,16 +162,13 @@ def _cells(
     ]
     beside = None if contest.is_ours(setting) else contest.standing(setting, found)
     if beside is None:
-        return [*cells, _NONE, _NONE, _NONE]
-    without = contest.standing(setting, found, f"{OURS}-drop")
-    return [
-        *cells,
-        _difference(beside),
-        f"{beside.wins} of {beside.clips}",
-        _NONE if without is None else _difference(without),
-    ]
+        return [*cells, *(_NONE for _ in range(5))]
+    others = (contest.standing(setting, found, kind) for kind in contest.KINDS[1:])
+    return [*cells, _difference(beside), f"{beside.wins} of {beside.clips}", *map(_difference, others)]
 
 
-def _difference(standing: contest.Standing) -> str:
+def _difference(standing: contest.Standing | None) -> str:
+    if standing is None:
+        return _NONE
     spread = "" if standing.spread is None else " [{:+.1f}, {:+.1f}]".format(*standing.spread)
     return f"{standing.difference:+.1f}{spread}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sparse_dit.engine import Run
-from sparse_dit.forecast import forecast
+from sparse_dit.forecast import forecast, whole_steps
 from sparse_dit.layout import TokenLayout
 from sparse_dit.pipelines.families import Family, dense_family_of, family_of
 from sparse_dit.pipelines.transformers import layers_of, transformers_of
@@ -34,7 +34,8 @@ class StepPlan:
         step: from 0.
         noise: noise level in [0, 1].
         sparse_layers: number of self-attention layers that run sparse.
-        dense_layers: number of self-attention layers that run dense, by reason.
+        dense_layers: number of self-attention layers that run dense, by reason; `refresh` where a search or a cache
+            needs the whole attention.
     """
 
     step: int
@@ -248,9 +249,15 @@ def _noise_levels(pipe: Any, family: Family, num_inference_steps: int) -> list[f
 def _step_plans(recipe: Recipe, layout: TokenLayout, layers: int, noises: list[float]) -> tuple[StepPlan, ...]:
     run = Run(recipe)
     run.state.layout = layout
-    plans = []
+    reasons: list[list[str | None]] = []
     for run.state.step, run.state.noise in enumerate(noises):
-        reasons = [run.dense_reason(layer, layout.length) for layer in range(layers)]
-        dense = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons) if reason is not None}
-        plans.append(StepPlan(run.state.step, run.state.noise, reasons.count(None), dense))
-    return tuple(plans)
+        reasons.append([run.dense_reason(layer, layout.length) for layer in range(layers)])
+    for layer in range(layers):
+        for step in whole_steps(recipe, [step for step, told in enumerate(reasons) if told[layer] is None]):
+            reasons[step][layer] = "refresh"
+    return tuple(
+        StepPlan(
+            step, noise, told.count(None), {why: told.count(why) for why in dict.fromkeys(told) if why is not None}
+        )
+        for step, (noise, told) in enumerate(zip(noises, reasons, strict=True))
+    )

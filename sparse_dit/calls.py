@@ -12,11 +12,11 @@ from sparse_dit.kernels.density import measured_density
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.layout import TokenLayout, text_blocks
-from sparse_dit.orders import Clusters, Order, Rows
+from sparse_dit.orders import Clusters, Order, Rows, inverse
 from sparse_dit.parallel import ALL_HERE, Heads
 from sparse_dit.recipe import Recipe
 from sparse_dit.selection import Call, Chosen, Dynamic, Every, Selection
-from sparse_dit.skipped import Reuse, Summarize
+from sparse_dit.skipped import Parts, Reuse
 from sparse_dit.state import Slot
 
 
@@ -78,6 +78,18 @@ def _plan(
 def _table(order: Order, layout: TokenLayout, heads: int, spread: Heads, device: torch.device) -> torch.Tensor | None:
     table = order.table(layout, spread.total(heads))
     return None if table is None else spread.own(table, heads).to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _parts(
+    order: Order, layout: TokenLayout, tokens: int, heads: int, spread: Heads, device: torch.device
+) -> Parts | None:
+    """Runs of so many tokens in the order of a recipe; `None` when each token stands for itself."""
+    if tokens == 1:
+        return None
+    table = _table(order, layout, heads, spread, device)
+    places = torch.arange(layout.length, device=device)[None] if table is None else inverse(table)
+    return Parts(table, places // tokens)
 
 
 @functools.lru_cache(maxsize=16)
@@ -156,7 +168,6 @@ def attend(
     backend = told_backend(
         q, k, v, chosen.blocks, "native" if whole is not None else recipe.precision, recipe.pv_threshold
     )
-    skipped = "summary" if isinstance(recipe.skipped, Summarize) else "drop"
     out, lse = attend_chosen(
         q,
         k,
@@ -164,17 +175,18 @@ def attend(
         chosen,
         scale=scale,
         precision=recipe.precision,
-        skipped=skipped,
+        skipped="summary" if recipe.skipped.summarizes else "drop",
         pv_threshold=recipe.pv_threshold,
     )
     if recipe.pv_threshold is not None:
         backend = f"{backend}, PV skip at {recipe.pv_threshold:g}"
     if not isinstance(recipe.skipped, Reuse):
         return Attended(out, density, False, backend)
+    parts = _parts(recipe.order, layout, recipe.skipped.part, q.shape[1], spread, q.device)
     if whole is None:
         assert slot.refreshed is not None
-        return Attended(recipe.skipped.add(out, slot, step - slot.refreshed), density, False, backend)
-    recipe.skipped.keep(slot, whole, (out, lse))
+        return Attended(recipe.skipped.add(out, slot, step - slot.refreshed, parts), density, False, backend)
+    recipe.skipped.keep(slot, whole, (out, lse), parts)
     slot.refreshed = step
     return Attended(whole[0], density, True, backend)
 

@@ -10,7 +10,7 @@ from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Clusters
 from sparse_dit.recipe import Recipe
 from sparse_dit.selection import Dynamic, Every
-from sparse_dit.skipped import Reuse, Summarize
+from sparse_dit.skipped import Reuse
 
 GIB = 2**30
 
@@ -48,8 +48,8 @@ class Forecast:
             a budget to within the ragged end of the sequence; `None` when the content decides.
         list_bytes: block lists and tables of token ids that all layers share; 0 for a dynamic selection.
         kept_bytes: what all layers keep between steps, over all branches.
-        summary_density: what `skipped: summary` adds to the area that a sparse call computes, one key for each skipped
-            block: (1 - density) / block_k, or 1 / block_k, the most it can be, when the content decides.
+        summary_density: what summaries of skipped blocks add to the area that a sparse call computes, one key for each
+            skipped block: (1 - density) / block_k, or 1 / block_k, the most it can be, when the content decides.
     """
 
     density: float | None
@@ -112,6 +112,6 @@ def forecast(
 
 
 def _summary_density(recipe: Recipe, density: float | None) -> float:
-    if not isinstance(recipe.skipped, Summarize):
+    if not recipe.skipped.summarizes:
         return 0.0
     return (1.0 - (density or 0.0)) / recipe.block_k

@@ -93,6 +93,10 @@ class Recipe:
                 f"order: 'clusters' with selection {_name_of(self.selection, SELECTIONS)!r}; blocks of clusters "
                 "have no place in the grid; valid: selection pooled, without adjacent"
             )
+        if isinstance(self.order, Clusters) and isinstance(self.skipped, Reuse) and self.skipped.part > 1:
+            raise ValueError(
+                f"skipped.part: {self.skipped.part} with order 'clusters', whose tokens change places; valid: 1"
+            )
         if isinstance(self.selection, Profiled):
             made_for = self.selection.profile.block_q, self.selection.profile.block_k
             if (self.block_q, self.block_k) != made_for:
@@ -310,7 +314,14 @@ def _plain_fields(chosen: Any) -> dict[str, Any]:
     exclusive = getattr(type(chosen), "EXCLUSIVE", ())
     # The last of several exclusive settings that has a value is the one in force.
     in_force = [name for name in exclusive if plain[name] is not None][-1:]
-    return {name: value for name, value in plain.items() if name not in exclusive or name in in_force}
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(chosen)}
+    # Settings that a result row does not name while they have their default, so that older rows keep their identity.
+    unsaid = [name for name in getattr(type(chosen), "UNSAID", ()) if getattr(chosen, name) == defaults[name]]
+    return {
+        name: value
+        for name, value in plain.items()
+        if name not in unsaid and (name not in exclusive or name in in_force)
+    }
 
 
 def _plain_value(value: Any) -> Any:

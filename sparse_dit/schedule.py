@@ -17,6 +17,9 @@ class Schedule:
         dense_above: dense while the noise level (1 = pure noise, 0 = clean) is above this; 1.0 switches the rule off.
         dense_layers: indices of self-attention layers, in execution order, that are dense in every step.
         refresh_every: refresh when the last one is so many steps ago; 1 is every step.
+        refresh_growth: make each gap between refreshes so many steps longer than the one before, counted from step 0:
+            with `refresh_every` 2 and growth 1 the refreshes are at steps 0, 2, 5, 9, 14. What a layer keeps ages
+            fastest in the first steps, where the picture takes shape.
         refresh_steps: refresh in these steps instead.
 
     Raises:
@@ -24,12 +27,14 @@ class Schedule:
     """
 
     EXCLUSIVE: ClassVar[tuple[str, str]] = ("refresh_every", "refresh_steps")
+    UNSAID: ClassVar[tuple[str, ...]] = ("refresh_growth",)
 
     dense_steps: int = 0
     dense_above: float = 1.0
     dense_layers: tuple[int, ...] = ()
     refresh_every: int | None = None
     refresh_steps: tuple[int, ...] | None = None
+    refresh_growth: int = 0
 
     def __post_init__(self) -> None:
         if self.dense_steps < 0:
@@ -40,13 +45,17 @@ class Schedule:
             raise ValueError(f"schedule.dense_layers: {list(self.dense_layers)!r}; valid: layer indices from 0")
         if self.refresh_every is not None and self.refresh_every < 1:
             raise ValueError(f"schedule.refresh_every: {self.refresh_every!r}; valid: 1 or more steps")
+        if self.refresh_growth < 0:
+            raise ValueError(f"schedule.refresh_growth: {self.refresh_growth!r}; valid: 0 or more steps")
+        if self.refresh_growth and self.refresh_every is None:
+            raise ValueError(f"schedule.refresh_growth: {self.refresh_growth!r} without refresh_every; valid: with it")
         if self.refresh_steps is not None and any(step < 0 for step in self.refresh_steps):
             raise ValueError(f"schedule.refresh_steps: {list(self.refresh_steps)!r}; valid: steps from 0")
 
     @property
     def keeps(self) -> bool:
         """Whether there are steps between refreshes, so that layers keep what a refresh made."""
-        return self.refresh_steps is not None or (self.refresh_every or 1) > 1
+        return self.refresh_steps is not None or (self.refresh_every or 1) > 1 or self.refresh_growth > 0
 
     def refreshes(self, step: int, last: int | None) -> bool:
         """Whether a layer's call is a refresh.
@@ -60,7 +69,16 @@ class Schedule:
             return True
         if self.refresh_steps is not None:
             return any(last < listed <= step for listed in self.refresh_steps)
+        if self.refresh_growth:
+            return self._planned(last) < self._planned(step)
         return step - last >= (self.refresh_every or 1)
+
+    def _planned(self, step: int) -> int:
+        """How many refreshes `refresh_growth` plans up to a step, the one at step 0 left out."""
+        count, at, gap = 0, 0, self.refresh_every or 1
+        while (at := at + gap) <= step:
+            count, gap = count + 1, gap + self.refresh_growth
+        return count
 
     @property
     def reads_noise(self) -> bool:

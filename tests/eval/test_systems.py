@@ -1,6 +1,7 @@
 """The table of systems: who stands in it, at which settings, what is run when, and what a line says."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,35 @@ from sparse_dit.eval.contenders import (
     Sought,
     as_ours,
     at_run_density,
+    cached,
+    cached_mixtures,
+    growing,
     mixture,
     mixtures,
     small,
     twin,
 )
 from sparse_dit.eval.settings import settings
-from sparse_dit.eval.systems import BLOCKS, STEPS, Files, Runs, equal_recipes, searched_recipes, table_recipes, winners
+from sparse_dit.eval.systems import (
+    BLOCKS,
+    STEPS,
+    Files,
+    Runs,
+    best_cache,
+    equal_recipes,
+    our_recipes,
+    searched_caches,
+    searched_recipes,
+    table_recipes,
+    winners,
+)
 from sparse_dit.eval.systems_table import systems
 from sparse_dit.forecast import whole_steps
 from sparse_dit.layout import TokenLayout
 from sparse_dit.pipelines.tiny_wan.grammar import held_out_prompts
 from sparse_dit.recipe import Recipe, recipe_names
-from sparse_dit.selection import Dynamic
+from sparse_dit.selection import Dynamic, Pooled
+from sparse_dit.skipped import Reuse
 
 LAYOUT = TokenLayout((9, 16, 16))
 FOUND = {(name, density, steps): 0.5 for name in knobs.sought() for density in DENSITIES for steps in (0, 4)}
@@ -37,7 +54,10 @@ WITHOUT_PROFILE = {name: each for name, each in CONTENDERS.items() if not isinst
 
 
 def test_every_published_preset_stands_in_the_table() -> None:
-    ours, larger = {"quality", "balanced", "fast", "tiny-radial"}, {"draft-hunyuan", "radial-hunyuan", "svg-hunyuan"}
+    ours, larger = (
+        {"quality", "balanced", "fast", "cached", "tiny-radial"},
+        {"draft-hunyuan", "radial-hunyuan", "svg-hunyuan"},
+    )
     others = {"dense", "sage", "sage2", "sparge-cdf"}  # no selection, or another rule of one that stands there
     assert set(recipe_names()) - ours - larger - others == set(CONTENDERS)
 
@@ -106,6 +126,72 @@ def test_mixtures_meet_a_run_density_within_what_counts_as_equal(name: str, whol
     assert first + len(whole_steps(recipe, range(first, STEPS))) == (max(1, whole) if "mass" in name else whole)
 
 
+@pytest.mark.parametrize("name", list(cached_mixtures()))
+@pytest.mark.parametrize("run_density", [0.6, 0.3, 0.16, 0.11])
+@pytest.mark.parametrize("part", [1, 8])
+def test_mixtures_with_a_cache_meet_a_run_density_whatever_goes_into_whole_steps(
+    name: str, run_density: float, part: int
+) -> None:
+    recipe = cached(name, run_density, STEPS, BLOCKS, part)
+    if recipe is None:
+        assert run_density < 0.2
+        return
+    assert run_density_of(recipe) == pytest.approx(run_density, abs=contest.NEAR)
+    assert recipe.skipped == Reuse(ratio=False, summary=True, part=part)
+    whole = len(whole_steps(recipe, range(STEPS)))
+    assert whole == pytest.approx(run_density * STEPS * int(name[-2:]) / 100, abs=0.5)
+    # As the preset's schedule, where the first gap is the growth.
+    assert growing(4, STEPS) == [0, 2, 6, 12] == sorted(whole_steps(small_cached(2, 2), range(STEPS)))
+
+
+def small_cached(every: int, growth: int) -> Recipe:
+    return Recipe.from_dict(
+        {
+            "selection": "pooled",
+            "skipped": {"name": "reuse", "ratio": False},
+            "schedule": {"refresh_every": every, "refresh_growth": growth},
+        }
+    )
+
+
+@pytest.mark.parametrize("count", range(1, 20))
+def test_whole_steps_lie_closest_at_the_beginning(count: int) -> None:
+    steps = growing(count, STEPS)
+    assert len(set(steps)) == count
+    assert steps == sorted(steps)
+    assert 0 == steps[0] <= steps[-1] < STEPS
+    gaps = [later - first for first, later in pairwise(steps)]
+    # Rounding may shorten a gap by one.
+    assert all(later >= first - 1 for first, later in pairwise(gaps))
+
+
+def test_the_search_compares_caches_at_the_run_density_of_every_fifth_step_whole() -> None:
+    recipes = list(searched_caches())
+    names = list(cached_mixtures())
+    assert [recipe.name for recipe in recipes] == names * len(DENSITIES)
+    for density, first in zip(DENSITIES, range(0, len(recipes), len(names)), strict=True):
+        every_fifth = run_density_of(at_run_density_of(density))
+        for recipe in recipes[first : first + len(names)]:
+            assert run_density_of(recipe) == pytest.approx(every_fifth, abs=contest.NEAR)
+
+
+def at_run_density_of(density: float) -> Recipe:
+    return mixture("hilbert-lse2-drop", density, STEPS // 5)
+
+
+def test_the_best_cache_is_best_over_all_densities() -> None:
+    rows = []
+    for recipe in searched_caches():
+        assert isinstance(recipe.selection, Pooled)
+        density = recipe.selection.density
+        assert density is not None
+        psnr = {"hilbert-lse4-cached67": 25.0, "hilbert-lse2-cached50": 31.0 if density > 0.4 else 20.0}
+        rows.append(row_of(recipe, density, psnr.get(recipe.name, 21.0)))
+    assert best_cache(rows) == "hilbert-lse4-cached67"
+    with pytest.raises(ValueError, match=r"search: no mixture with a cache has rows at all densities; valid: rows of"):
+        best_cache(rows[: len(rows) // 2])
+
+
 def test_the_search_compares_at_the_run_density_of_adaspa() -> None:
     recipes = list(searched_recipes())
     assert len(recipes) == len(DENSITIES) * (1 + len(list(mixtures())))
@@ -147,23 +233,26 @@ def test_winners_are_those_of_the_search_and_of_its_run_density() -> None:
 
 
 WINNERS = dict.fromkeys(DENSITIES, "hilbert-lse4-summary")
+CACHE = "hilbert-lse2-cached67"
 
 
 def test_ours_is_run_at_the_run_density_of_what_has_another() -> None:
     adaspa, svg = small("adaspa", 0.5, 0, None), small("svg", 0.5, 0, None)
     rows = [row_of(adaspa, 0.5, 30.0), row_of(svg, 0.4853, 23.0)]
     rows += [row_of(as_ours(mixture("hilbert-lse4-summary", 0.5, 0)), 0.5, 31.0)]
-    equal = equal_recipes(rows, WINNERS)
+    equal = equal_recipes(rows, WINNERS, CACHE)
     assert [(recipe.name, recipe.source, recipe.schedule.dense_steps) for recipe in equal] == [
         ("ours", "hilbert-lse4-summary", 1),
         ("ours-drop", "hilbert-lse4-drop", 1),
+        ("ours-cached", CACHE, 0),
         ("ours", "hilbert-lse4-summary", 0),
         ("ours-drop", "hilbert-lse4-drop", 0),
+        ("ours-cached", CACHE, 0),
     ]
-    assert [round(run_density_of(recipe), 3) for recipe in equal] == [0.525, 0.525, 0.486, 0.486]
+    assert [round(run_density_of(recipe), 3) for recipe in equal] == [0.525, 0.525, 0.522, 0.486, 0.486, 0.485]
     # What is there already does not change what is asked for: shares of the stage are cut while rows are added.
     rows += [row_of(recipe, recipe.selection.density, 31.0) for recipe in equal[:1]]  # type: ignore[union-attr]
-    assert equal_recipes(rows, WINNERS) == equal
+    assert equal_recipes(rows, WINNERS, CACHE) == equal
 
 
 def test_a_line_shows_ours_at_the_same_run_density_and_whole_steps() -> None:
@@ -173,6 +262,13 @@ def test_a_line_shows_ours_at_the_same_run_density_and_whole_steps() -> None:
     rows = [row_of(adaspa, 0.5, 30.0 + seed, seed) for seed in range(3)]
     rows += [row_of(ours, 0.5, 33.0 + 2 * seed, seed) for seed in range(3)]
     rows += [row_of(drop, 0.5, 29.0 + seed, seed) for seed in range(3)]
+    # Whole steps may lie elsewhere where a cache refreshes.
+    for part, psnr in ((1, 35.0), (8, 32.0)):
+        kept = cached(CACHE, 0.525, STEPS, BLOCKS, part)
+        assert kept is not None
+        assert isinstance(kept.selection, Pooled)
+        assert kept.selection.density is not None
+        rows += [row_of(as_ours(kept), kept.selection.density, psnr + seed, seed) for seed in range(3)]
     # As much computed, but in other whole steps: no match. And INT8 has no line.
     rows.append(row_of(as_ours(mixture("hilbert-lse4-summary", 0.525, 0)), 0.525, 99.0))
     rows.append(row_of(adaspa.override({"precision": "int8"}), 0.5, 99.0))
@@ -189,25 +285,45 @@ def test_a_line_shows_ours_at_the_same_run_density_and_whole_steps() -> None:
     assert cells[9:11] == ["0.88", "1.2 %"]
     # Ours minus the other: 3, 4, 5, and -1 on every clip.
     assert cells[11].startswith("+4.0 [+3.")
-    assert cells[12:] == ["3 of 3", "-1.0 [-1.0, -1.0]"]
+    assert cells[12:] == ["3 of 3", "-1.0 [-1.0, -1.0]", "+5.0 [+5.0, +5.0]", "+2.0 [+2.0, +2.0]"]
 
 
 def test_what_keeps_residuals_is_met_by_ours_that_keeps_them() -> None:
-    for first, whole in ((0, 4), (4, 8)):
+    for first in (0, 4):
         theirs = small("ditfastattn", 0.25, first, None)
         rows = [row_of(theirs, 0.247, 30.0)]
-        equal = equal_recipes(rows, WINNERS)
-        assert [recipe.name for recipe in equal] == ["ours", "ours-drop", "ours-reuse"]
-        kept = equal[-1]
-        assert (kept.source, kept.schedule.dense_steps) == ("hilbert-lse4-reuse", first)
-        assert first + len(whole_steps(kept, range(first, STEPS))) == whole
+        equal = equal_recipes(rows, WINNERS, CACHE)
+        assert [recipe.name for recipe in equal] == ["ours", "ours-drop", "ours-cached", "ours-cached-parts"]
+        kept = equal[2]
+        assert (kept.source, kept.schedule.dense_steps) == (CACHE, 0)
         assert run_density_of(kept) == pytest.approx(rows[0]["run_density"], abs=contest.NEAR)
-        rows += [row_of(equal[0], 0.25, 31.0), row_of(kept, 0.25, 35.0)]
+        assert isinstance(kept.selection, Pooled)
+        assert kept.selection.density is not None
+        rows += [row_of(equal[0], 0.25, 31.0), row_of(kept, kept.selection.density, 35.0)]
         groups = settings(rows)
         [group] = [group for group in groups if group.name == "ditfastattn"]
         beside = contest.standing(group, groups)
         assert beside is not None
-        assert (beside.ours.name, beside.difference) == ("ours-reuse", 5.0)
+        assert (beside.ours.name, beside.difference) == ("ours-cached", 5.0)
+
+
+def test_a_group_has_a_line_of_ours_of_every_kind() -> None:
+    radial = small("radial", 0.25, 4, None)
+    rows = [row_of(radial, 0.25, 20.0)]
+    for recipe in our_recipes(WINNERS, CACHE):
+        assert isinstance(recipe.selection, Pooled)
+        assert recipe.selection.density is not None
+        rows.append(row_of(recipe, recipe.selection.density, 30.0))
+    lines = systems(rows).splitlines()
+    names = [line.split("|")[1].strip() for line in lines if line.startswith("| ours")]
+    assert names == [
+        "ours (hilbert-lse4-summary)",
+        "ours-drop (hilbert-lse4-drop)",
+        f"ours-cached ({CACHE})",
+        f"ours-cached-parts ({CACHE})",
+    ]
+    assert lines[0] == "**Density about 0.25, 4 of 20 steps dense**"
+    assert [line.split("|")[3].strip() for line in lines if line.startswith("| ours")] == ["0.40"] * 4
 
 
 def test_a_contest_needs_equal_run_density_and_as_many_whole_steps() -> None:

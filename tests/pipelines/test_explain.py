@@ -37,6 +37,28 @@ def test_explain_tells_what_the_run_then_does(wan: Any, pipe: WanPipeline) -> No
     assert "steps 1-2" in text
 
 
+CACHED = {
+    **SPARSE,
+    "schedule": {"refresh_every": 1, "refresh_growth": 1, "dense_layers": [2]},
+    "skipped": {"name": "reuse", "ratio": False},
+}
+
+
+def test_explain_counts_the_whole_calls_of_a_cache(wan: Any, pipe: WanPipeline) -> None:
+    told = explain(pipe, CACHED, height=64, width=64, num_frames=9, num_inference_steps=wan.STEPS)
+    whole = {"refresh": 2, "dense_layers": 1}
+    assert [(step.sparse_layers, step.dense_layers) for step in told.steps] == [
+        (0, whole),
+        (0, whole),
+        (2, {"dense_layers": 1}),
+    ]
+    wan.generate(enable(pipe, CACHED))
+    counts = summary(pipe)
+    assert told.run_density == pytest.approx(counts.run_density)
+    assert counts.dense == {"refresh": 8, "dense_layers": 6}
+    assert "steps 0-1    0 of 3 layers sparse, 2 dense (refresh), 1 dense (dense_layers)" in str(told)
+
+
 _DEFAULTS = {"sink_frames": 1, "full_distance": 1, "min_width": None, "decimate_below": 128}
 
 

@@ -196,6 +196,15 @@ CASES = {
             "skipped": {"name": "reuse"},
         },
     ),
+    "wan cache in parts": Case(
+        wan,
+        {
+            **POOLED,
+            "order": {"name": "hilbert"},
+            "schedule": {"refresh_every": 2, "refresh_growth": 1},
+            "skipped": {"name": "reuse", "ratio": False, "summary": True, "part": 4},
+        },
+    ),
     "wan int8": Case(wan, {**POOLED, "precision": "int8"}),
     "wan compiled": Case(wan, {**POOLED, "order": {"name": "hilbert"}}, after=True, compiled=True),
     "flux radial": Case(flux, RADIAL),

@@ -16,7 +16,7 @@ from sparse_dit.orders import Axes, Hilbert, Rows, Tiles, TimeMajor
 from sparse_dit.recipe import Recipe, load_recipe
 from sparse_dit.schedule import Schedule
 from sparse_dit.selection import Band, Every, Gate, HeadTypes, Mass, Pooled, Radial, Window
-from sparse_dit.skipped import Reuse
+from sparse_dit.skipped import SKIPPED, Reuse
 from sparse_dit.state import Context, Slot
 
 LAYOUT = TokenLayout((3, 6, 10), text_before=3, text_after=11)
@@ -121,7 +121,7 @@ def test_the_first_search_of_mass_is_whole_and_later_ones_use_its_lse() -> None:
 @pytest.mark.parametrize(
     "selection", [Radial(density=0.5), Window(density=0.4), Pooled(density=0.3), Mass(density=0.3)]
 )
-@pytest.mark.parametrize("reuse", [Reuse(), Reuse(ratio=False)])
+@pytest.mark.parametrize("reuse", [Reuse(), Reuse(ratio=False), Reuse(ratio=False, summary=True)])
 def test_reuse_is_whole_at_a_refresh_and_repeats_it_right_after(selection: Any, reuse: Reuse) -> None:
     chosen = recipe(selection, skipped=reuse, schedule=Schedule(refresh_every=4))
     q, k, v = qkv()
@@ -135,6 +135,29 @@ def test_reuse_is_whole_at_a_refresh_and_repeats_it_right_after(selection: Any, 
     # Subtracting and adding the residual: a few roundings of numbers up to the largest value.
     assert (after.out - refreshed.out).abs().max() <= rounding(q, k, v)
     assert one_call(chosen, q, k, v, step=7, slot=slot).whole
+
+
+@pytest.mark.parametrize("order", [Rows(), Hilbert()])
+@pytest.mark.parametrize("skipped", ["drop", "summary"])
+def test_what_skipped_blocks_add_is_kept_behind_summaries_and_by_parts(order: Any, skipped: str) -> None:
+    part = 6
+    kept = Reuse(ratio=False, summary=skipped == "summary", part=part)
+    chosen = recipe(Pooled(density=0.3), order=order, skipped=kept, schedule=Schedule(refresh_every=4))
+    plain = recipe(Pooled(density=0.3), order=order, skipped=SKIPPED[skipped]())
+    slot = Slot()
+    q, k, v = qkv()
+    whole = one_call(chosen, q, k, v, step=0, slot=slot).out
+    later = one_call(chosen, q, k, v, step=1, slot=slot)
+    alone = one_call(plain, q, k, v, step=0, slot=Slot()).out
+    table = order.table(LAYOUT, q.shape[1])
+    table = torch.arange(LAYOUT.length) if table is None else table[0]
+    missing = (later.out - alone)[:, :, table]
+    for first in range(0, LAYOUT.length, part):
+        run = (whole - alone)[:, :, table[first : first + part]].mean(dim=2, keepdim=True)
+        assert torch.allclose(
+            missing[:, :, first : first + part], run.expand_as(missing[:, :, first : first + part]), atol=1e-5
+        )
+    assert (later.out - whole).norm() < (alone - whole).norm()
 
 
 def no_dense() -> torch.Tensor:
@@ -161,6 +184,12 @@ STATEFUL = [
     recipe(Mass(density=0.3), order=Hilbert(), schedule=Schedule(refresh_steps=(2,))),
     recipe(Pooled(density=0.3), schedule=Schedule(refresh_every=2), skipped=Reuse()),
     recipe(Pooled(tau=0.5), schedule=Schedule(refresh_every=2)),
+    recipe(
+        Pooled(density=0.3),
+        order=Hilbert(),
+        schedule=Schedule(refresh_every=2, refresh_growth=1),
+        skipped=Reuse(ratio=False, summary=True, part=8),
+    ),
 ]
 
 

@@ -82,6 +82,9 @@ def test_rows_of_results_keep_their_identity() -> None:
     ]  # fmt: skip
     assert load_recipe("tiny-radial").to_dict()["skipped"] == "drop"
     assert set(load_recipe("tiny-radial").to_dict()["schedule"]) == {"dense_steps", "dense_above", "dense_layers"}
+    ditfastattn = load_recipe("ditfastattn").to_dict()
+    assert set(ditfastattn["schedule"]) == {"dense_steps", "dense_above", "dense_layers", "refresh_every"}
+    assert ditfastattn["skipped"] == {"name": "reuse", "ratio": False, "ramp": 0.04}
 
 
 def test_a_density_survives_yaml() -> None:
@@ -106,6 +109,11 @@ def test_loading_takes_mappings_and_recipes() -> None:
         Recipe(selection=Window(size=((0, 3, 3), (2, 0, 0)))),
         Recipe(selection=Window(size=(4, 5, 6))),
         Recipe(selection=Mass(), schedule=Schedule(refresh_steps=(2, 4)), skipped=Reuse(ratio=False), state_limit=2.5),
+        Recipe(
+            selection=Pooled(density=0.5),
+            schedule=Schedule(refresh_every=2, refresh_growth=3),
+            skipped=Reuse(ratio=False, summary=True, part=8),
+        ),
         Recipe(selection=HeadTypes(width=64), note="a note"),
         Recipe(selection=Pooled(top_p=0.5), precision="int8", skipped=Summarize()),
     ],
@@ -208,6 +216,23 @@ def test_overrides_by_dotted_names() -> None:
             r"skipped: 'reuse' with a refresh in every step, .*; valid: schedule.refresh_every above 1, or ",
         ),
         ({"skipped": {"name": "reuse", "ramp": -1.0}}, r"skipped.ramp: -1.0; valid: 0 or a positive number$"),
+        (
+            {"skipped": {"name": "reuse", "part": 8}, "schedule": {"refresh_every": 2}},
+            r"skipped.part: 8 with ratio; valid: ratio false$",
+        ),
+        (
+            {
+                "order": "clusters",
+                "selection": "pooled",
+                "skipped": {"name": "reuse", "ratio": False, "part": 8},
+                "schedule": {"refresh_every": 2},
+            },
+            r"skipped.part: 8 with order 'clusters', whose tokens change places; valid: 1$",
+        ),
+        (
+            {"schedule": {"refresh_steps": [3], "refresh_growth": 1}},
+            r"schedule.refresh_growth: 1 without refresh_every; valid: with it$",
+        ),
         ({"state_limit": -1}, r"state_limit: -1.0; valid: 0 or more GiB, or none$"),
         ({"order": {"name": "axes", "axes": 3}}, r"order.axes: 3; valid: text$"),
     ],

@@ -74,6 +74,29 @@ def test_adaspas_schedule_searches_at_the_first_sparse_step_and_at_step_30() -> 
     assert refreshes(schedule, list(range(10, 50))) == [10, 30]
 
 
+@pytest.mark.parametrize(
+    ("every", "growth", "planned"),
+    [(1, 1, [0, 1, 3, 6, 10, 15]), (2, 1, [0, 2, 5, 9, 14]), (2, 2, [0, 2, 6, 12]), (3, 0, [0, 3, 6, 9, 12, 15, 18])],
+)
+def test_gaps_between_refreshes_grow(every: int, growth: int, planned: list[int]) -> None:
+    schedule = Schedule(refresh_every=every, refresh_growth=growth)
+    assert schedule.keeps
+    assert refreshes(schedule, list(range(20))) == planned
+
+
+def test_growing_gaps_are_counted_from_step_0_and_put_off_by_skipped_steps() -> None:
+    schedule = Schedule(refresh_every=1, refresh_growth=1, dense_steps=4)
+    assert refreshes(schedule, list(range(4, 20))) == [4, 6, 10, 15]
+    assert refreshes(schedule, [0, 2, 5, 7, 9, 17]) == [0, 2, 5, 7, 17]
+    assert schedule.refreshes(3, 3)
+
+
+@pytest.mark.parametrize("settings", [{"refresh_every": 2, "refresh_growth": -1}, {"refresh_growth": 1}])
+def test_a_growth_that_means_nothing_is_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"^schedule\.refresh_growth: .*; valid: "):
+        Schedule(**settings)  # type: ignore[arg-type]
+
+
 def test_a_cache_that_skips_steps_puts_a_refresh_off() -> None:
     assert refreshes(Schedule(refresh_steps=(4, 8)), [3, 5, 6, 9]) == [3, 5, 9]
     assert refreshes(Schedule(refresh_every=4), [1, 3, 6, 9, 10]) == [1, 6, 10]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_dit.layout import TokenLayout
-from sparse_dit.skipped import Drop, Reuse, Summarize
+from sparse_dit.skipped import Drop, Parts, Reuse, Summarize
 
 LAYOUT = TokenLayout((2, 5, 7))
 
@@ -62,14 +62,46 @@ def test_the_size_of_what_is_kept_is_told_beforehand(ratio: bool) -> None:
     assert told == sum(tensor.nbytes for tensor in slot.values())
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("part", [4, 7, 70, 100])
+def test_parts_keep_the_mean_of_their_residuals(part: int, heads: int) -> None:
+    generator = torch.Generator().manual_seed(part)
+    tables = torch.stack([torch.randperm(70, generator=generator) for _ in range(heads)])
+    of_token = torch.empty_like(tables).scatter_(1, tables, torch.arange(70).expand_as(tables)) // part
+    whole, sparse = torch.randn(2, 1, 2, 70, 8, generator=generator)
+    reuse, slot, lse = Reuse(ratio=False, part=part), {}, torch.zeros(1, 2, 70)
+    reuse.keep(slot, (whole, lse), (sparse, lse), Parts(tables, of_token))
+    assert slot["residual"].nbytes == reuse.kept_bytes(LAYOUT, batch=1, heads=2, head_size=8, itemsize=4)
+    out = reuse.add(sparse, slot, 2, Parts(tables, of_token))
+    for head in range(2):
+        # Token by token: the residuals of those that share a run.
+        runs = of_token[min(head, heads - 1)]
+        for token in range(70):
+            mean = (whole - sparse)[0, head, runs == runs[token]].double().mean(dim=0)
+            assert torch.allclose(out[0, head, token].double(), sparse[0, head, token] + mean, atol=1e-5)
+
+
 def test_a_choice_reads_as_in_a_recipe() -> None:
     assert str(Drop()) == "drop"
     assert str(Summarize()) == "summary"
     assert str(Reuse()) == "reuse ramp 0.04"
     assert str(Reuse(ratio=False)) == "reuse without ratio"
+    assert str(Reuse(ratio=False, summary=True, part=8)) == "reuse without ratio, with summaries, parts of 8"
+    assert [each.summarizes for each in (Drop(), Summarize(), Reuse(), Reuse(ratio=False, summary=True))] == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("ramp", [-0.1, float("nan"), float("inf")])
 def test_a_ramp_out_of_range_is_refused(ramp: float) -> None:
     with pytest.raises(ValueError, match=r"^skipped\.ramp: .*; valid: "):
         Reuse(ramp=ramp)
+
+
+@pytest.mark.parametrize("settings", [{"summary": True}, {"part": 8}, {"part": 0, "ratio": False}])
+def test_settings_that_go_without_ratio_only_are_refused_with_it(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"^skipped\.(summary|part): .*; valid: "):
+        Reuse(**settings)  # type: ignore[arg-type]

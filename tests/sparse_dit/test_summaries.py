@@ -18,7 +18,7 @@ from sparse_dit.orders import Axes, Clusters, Hilbert, Rows, Tiles, TimeMajor
 from sparse_dit.recipe import Recipe, load_recipe
 from sparse_dit.schedule import Schedule
 from sparse_dit.selection import Band, Chosen, Gate, HeadTypes, Mass, Pooled, Radial, Window
-from sparse_dit.skipped import Drop, Summarize
+from sparse_dit.skipped import Drop, Reuse, Summarize
 from sparse_dit.state import Slot
 
 LAYOUT = TokenLayout((3, 6, 10), text_before=3, text_after=11)
@@ -144,5 +144,7 @@ def test_the_forecast_tells_the_keys_that_summaries_add() -> None:
     blocks = plan(chosen, layout, torch.device("cpu")).blocks
     skipped = int((~lists_to_mask(blocks, 17)).sum()) * blocks.block_q
     assert told(chosen, layout).summary_density == pytest.approx(skipped / layout.length**2)
+    behind = recipe(Radial(density=0.4), skipped=Reuse(ratio=False, summary=True), schedule=Schedule(refresh_every=3))
+    assert told(behind, layout).summary_density == told(chosen, layout).summary_density
     assert told(recipe(Radial(density=0.4), skipped=Drop()), layout).summary_density == 0.0
     assert told(load_recipe("sol"), layout).summary_density == 1 / 64  # the content decides: the most it can be
