@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparse_dit.eval.cache_worth import worth
+from sparse_dit.eval.host_table import host
 from sparse_dit.eval.models_table import gains, models
 from sparse_dit.eval.report import put
 from sparse_dit.eval.results import Row, load_rows
@@ -55,6 +56,7 @@ PLACES: tuple[tuple[str, str, tuple[str, ...], Callable[..., str]], ...] = (
     ),
     ("docs/systems.md", "cache", ("search-tiny-wan.jsonl",), worth),
     ("docs/models.md", "models", ("bench-models.jsonl",), models),
+    ("docs/models.md", "host", ("bench-host.jsonl",), host),
     ("docs/systems.md", "overhead", ("bench-systems.jsonl",), overhead),
 )
 

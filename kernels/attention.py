@@ -11,6 +11,7 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
 from sparse_dit.kernels.pieces import aligned, pieces
 from sparse_dit.kernels.tiles import Launch, architecture, pinned
 
@@ -264,7 +265,7 @@ def column_split(head_size: int) -> tuple[int, int]:
     """
     main = 1 << (head_size.bit_length() - 1)
     rest = head_size - main
-    return main, max(16, triton.next_power_of_2(rest)) if rest else 0
+    return main, max(16, power_of_2(rest)) if rest else 0
 
 
 def launch_for(head_size: int, block_q: int, block_k: int, arch: str) -> Launch:
@@ -335,9 +336,10 @@ def triton_attention(
     launch = launch_for(head_size, block_q, block_k, architecture(q.device))
     ordered, skips = order is not None, pv_threshold is not None
     fixed = constants(head_size, block_q, block_k, k.shape[2], launch, ordered=ordered, skips=skips)
-    grid = (triton.cdiv(seq_q, launch.tile_q), heads, batch)
-    with torch.cuda.device_of(q):
-        block_sparse_forward_kernel[grid](
+    grid = (cdiv(seq_q, launch.tile_q), heads, batch)
+    with device_of(q):
+        launch_kernel(
+            block_sparse_forward_kernel, grid,
             q, k, v, order, out, lse, indices, counts, 0 if order is None or len(order) == 1 else order.stride(0),
             *pieces(q), *pieces(k), *pieces(v), *pieces(out), *lse.stride()[:2],
             *indices.stride(), *counts.stride(),

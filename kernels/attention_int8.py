@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparse_dit.kernels.attention import LOG2_E, WIDE, any_within, column_split, weighted
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel
 from sparse_dit.kernels.pieces import aligned, pieces
 from sparse_dit.kernels.quantize import CODE_ALIGN, GROUP, Quantized, padded
 from sparse_dit.kernels.tiles import Launch, architecture, pinned
@@ -376,9 +377,10 @@ def triton_quantized_attention(
     launch = launch_for(precision, codes.head_size, block_q, block_k, architecture(codes.q.device))
     ordered, skips = order is not None, pv_threshold is not None
     fixed = constants(precision, codes.head_size, block_q, block_k, codes.seq_k, ordered, launch, skips=skips)
-    grid = (triton.cdiv(seq_q, launch.tile_q), heads, batch)
-    with torch.cuda.device_of(codes.q):
-        int8_forward_kernel[grid](
+    grid = (cdiv(seq_q, launch.tile_q), heads, batch)
+    with device_of(codes.q):
+        launch_kernel(
+            int8_forward_kernel, grid,
             codes.q, codes.q_scale, codes.lse_shift, codes.k, codes.k_scale, v, codes.v_scale, codes.v_mean,
             order, out, lse, indices, counts,
             *pieces(v), 0 if order is None or len(order) == 1 else order.stride(0),

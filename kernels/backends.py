@@ -6,6 +6,7 @@ import os
 import torch
 from torch import Tensor
 
+from sparse_dit.kernels.alike import remembered
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned
 
@@ -28,6 +29,7 @@ def default_backend(
     return "triton" if hopper_refusal(q, k, v, blocks, precision, pv_threshold) else "hopper"
 
 
+@remembered
 def told_backend(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, precision: str, pv_threshold: float | None = None
 ) -> str:

@@ -9,13 +9,12 @@ Names as in `attention`: `i_` program index, `p_` pointer, `o_` offsets, `m_` ma
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
-from einops import rearrange
 from torch import Tensor
 
-from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel
+from sparse_dit.kernels.pieces import steps
 
 # Elements a program moves, TOKENS places by COLUMNS of all heads' channels: 8 KB in 16 bits. A thread has four
 # loads of 16 bytes under way.
@@ -128,15 +127,15 @@ def triton_gather(tensors: Sequence[Tensor], order: Tensor) -> list[Tensor]:
     """
     batch, heads, seq, head_size = tensors[0].shape
     roles = len(tensors)
-    whole = all(is_aligned(x) for x in tensors)
-    strides = [stride for x in tensors for stride in (*(pieces(x) if whole else x.stride()[:-1]), x.stride(-1))]
-    outs = [torch.empty(batch, seq, heads, head_size, dtype=x.dtype, device=x.device) for x in tensors]
+    piece, strides = steps(*tensors)
+    outs = [x.new_empty((batch, seq, heads, head_size)) for x in tensors]
     absent = 3 - roles
-    with torch.cuda.device_of(tensors[0]):
-        gather_kernel[triton.cdiv(seq, TOKENS), triton.cdiv(heads * head_size, COLUMNS), batch * roles](
+    with device_of(tensors[0]):
+        launch_kernel(
+            gather_kernel, (cdiv(seq, TOKENS), cdiv(heads * head_size, COLUMNS), batch * roles),
             *(None,) * absent, *tensors, *(None,) * absent, *outs, order, *(0,) * (4 * absent), *strides,
             order.stride(0), heads, seq,
-            **constants(roles, head_size, len(order) == 1, PIECE_BYTES // tensors[0].element_size() if whole else 1),
+            **constants(roles, head_size, len(order) == 1, piece),
             num_warps=WARPS,
         )  # fmt: skip
-    return [rearrange(out, "b s h d -> b h s d") for out in outs]
+    return [out.transpose(1, 2) for out in outs]

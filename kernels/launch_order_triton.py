@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel
+
 ROWS = 64  # query blocks that a program ranks, and compares with at once
 WARPS = 4
 _known = WeakTensorKeyDictionary()
@@ -58,6 +60,7 @@ def longest_first(counts: Tensor) -> Tensor:
     """
     batch, heads, rows = counts.shape
     ranked = torch.empty(batch, heads, rows, dtype=torch.int32, device=counts.device)
-    grid = (triton.cdiv(rows, ROWS), batch * heads)
-    rank_rows_kernel[grid](counts, ranked, *counts.stride(), heads, rows, ROWS=ROWS, num_warps=WARPS)
+    grid = (cdiv(rows, ROWS), batch * heads)
+    with device_of(counts):
+        launch_kernel(rank_rows_kernel, grid, counts, ranked, *counts.stride(), heads, rows, ROWS=ROWS, num_warps=WARPS)
     return ranked

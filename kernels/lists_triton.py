@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_dit.kernels.launches import device_of, launch_kernel, power_of_2
+
 LOWEST = tl.constexpr(-(2**31))
 RULES = ("mask", "top_k", "top_p", "top_p_crossing", "threshold")
 
@@ -171,7 +173,7 @@ def warps_for(k_blocks: int) -> int:
 
 def constants(rule: str, k_blocks: int, *, forced: bool, per_row: bool, mapped: bool = False) -> dict[str, object]:
     """The kernel's compile-time arguments."""
-    width = max(2, triton.next_power_of_2(k_blocks))
+    width = max(2, power_of_2(k_blocks))
     return {"RULE": rule, "FORCED": forced, "MAPPED": mapped, "PER_ROW": per_row, "WIDTH": width}
 
 
@@ -206,8 +208,9 @@ def triton_lists(
     per_row = isinstance(budget, Tensor)
     budgets = budget.expand(scores.shape[:3]) if isinstance(budget, Tensor) else None
     fixed = constants(rule, k_blocks, forced=forced is not None, per_row=per_row, mapped=columns is not None)
-    with torch.cuda.device_of(scores):
-        select_kernel[(q_blocks, heads, batch)](
+    with device_of(scores):
+        launch_kernel(
+            select_kernel, (q_blocks, heads, batch),
             scores, budgets, forced, columns, indices, counts, *scores.stride(),
             *(budgets.stride() if budgets is not None else (0, 0, 0)),
             *(forced.stride() if forced is not None else (0, 0, 0, 0)),

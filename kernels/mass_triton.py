@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparse_dit.kernels.attention import LOG2_E, column_split
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel
 from sparse_dit.kernels.pieces import aligned, pieces
 from sparse_dit.kernels.tiles import Launch, architecture, pinned
 
@@ -292,8 +293,9 @@ def triton_mass(
     fixed = constants(head_size, block_q, block_k, seq_k, launch)
     part_q, part_k = min(block_q, launch.tile_q), min(block_k, launch.tile_k)
     mass = _parts(q, block_q, block_k, part_q, part_k, seq_k)
-    with torch.cuda.device_of(q):
-        block_mass_kernel[(triton.cdiv(seq_q, launch.tile_q), heads, batch)](
+    with device_of(q):
+        launch_kernel(
+            block_mass_kernel, (cdiv(seq_q, launch.tile_q), heads, batch),
             q, k, lse, mass, *pieces(q), *pieces(k), *lse.stride(), *mass.stride()[:3],
             seq_q, seq_k, scale * LOG2_E, **fixed,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
@@ -306,7 +308,7 @@ def triton_mass(
 
 def _parts(q: Tensor, block_q: int, block_k: int, part_q: int, part_k: int, seq_k: int) -> Tensor:
     """Memory for the parts of all blocks; where parts are added later, those behind the end must be zero."""
-    rows = triton.cdiv(q.shape[2], block_q) * (block_q // part_q)
-    columns = triton.cdiv(seq_k, block_k) * (block_k // part_k)
+    rows = cdiv(q.shape[2], block_q) * (block_q // part_q)
+    columns = cdiv(seq_k, block_k) * (block_k // part_k)
     make = torch.empty if (part_q, part_k) == (block_q, block_k) else torch.zeros
     return make(*q.shape[:2], rows, columns, dtype=torch.float32, device=q.device)

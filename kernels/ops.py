@@ -5,12 +5,14 @@ Backends are imported when they first run, so importing this module loads torch 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from sparse_dit.kernels import memory
+from sparse_dit.kernels.alike import remembered
 from sparse_dit.kernels.backends import chosen_backend
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.gather import gather_tokens, scatter_tokens
@@ -77,21 +79,12 @@ def block_sparse_attention(
         torch.OutOfMemoryError: the GPU lacks memory for what the call allocates, which the message tells. Large calls
             (`memory.LARGE`) find out before anything is launched.
     """
-    _check_tensors(q, k, v)
-    _check_blocks(q, k, blocks)
-    _check_order(q, k, order)
+    backend = _checked(q, k, v, blocks, order, scale, precision, skipped, pv_threshold, backend)
     _check_ordered(q, order, ordered)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale: {scale!r}; valid: a positive finite number, or None for 1 / sqrt(D)")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: {precision!r}; valid: one of {PRECISIONS}")
-    if skipped not in SKIPPED:
-        raise ValueError(f"skipped: {skipped!r}; valid: one of {SKIPPED}")
-    if pv_threshold is not None and not 0 < pv_threshold < math.inf:
-        raise ValueError(f"pv_threshold: {pv_threshold!r}; valid: a positive finite number, or None to skip nothing")
-    backend = chosen_backend(q, k, v, blocks, precision, backend, pv_threshold)
-    out, lse = _block_sparse_attention(
+    recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    run: Any = _traced if recorded or torch.compiler.is_compiling() else _eager
+    out, lse = run(
         q,
         k,
         v,
@@ -108,6 +101,34 @@ def block_sparse_attention(
         *(ordered or (None, None, None)),
     )
     return out, lse
+
+
+@remembered
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockList,
+    order: Tensor | None,
+    scale: float | None,
+    precision: str,
+    skipped: str,
+    pv_threshold: float | None,
+    backend: str | None,
+) -> str:
+    """The backend of a call whose arguments are as they must be. Raises ValueError otherwise."""
+    _check_tensors(q, k, v)
+    _check_blocks(q, k, blocks)
+    _check_order(q, k, order)
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale: {scale!r}; valid: a positive finite number, or None for 1 / sqrt(D)")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: {precision!r}; valid: one of {PRECISIONS}")
+    if skipped not in SKIPPED:
+        raise ValueError(f"skipped: {skipped!r}; valid: one of {SKIPPED}")
+    if pv_threshold is not None and not 0 < pv_threshold < math.inf:
+        raise ValueError(f"pv_threshold: {pv_threshold!r}; valid: a positive finite number, or None to skip nothing")
+    return chosen_backend(q, k, v, blocks, precision, backend, pv_threshold)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -165,8 +186,7 @@ def _check_ordered(q: Tensor, order: Tensor | None, ordered: Sequence[Tensor] | 
             )
 
 
-@torch.library.custom_op("sparse_dit::block_sparse_attention", mutates_args=())
-def _block_sparse_attention(
+def _computed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -271,8 +291,7 @@ def _in_token_order(out: Tensor, lse: Tensor, order: Tensor | None) -> tuple[Ten
     return scatter_tokens(out, order, torch.empty_like(out)), scatter_tokens(lse, order, torch.empty_like(lse))
 
 
-@_block_sparse_attention.register_fake
-def _(
+def _shapes(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -293,3 +312,14 @@ def _(
     batch, heads, seq_q, head_size = q.shape
     out = rearrange(q.new_empty(batch, seq_q, heads, head_size), "b s h d -> b h s d")
     return out, q.new_empty(batch, heads, seq_q, dtype=torch.float32)
+
+
+# Two operators of one function. With what `custom_op` puts around it, above all an error where gradients are asked for,
+# a call takes the host three times as long as with nothing around it.
+_traced = torch.library.custom_op("sparse_dit::block_sparse_attention", _computed, mutates_args=())
+_traced.register_fake(_shapes)
+_library = torch.library.Library("sparse_dit", "FRAGMENT")
+_library.define("block_sparse_attention_eager" + torch.library.infer_schema(_computed, mutates_args=()))
+_library.impl("block_sparse_attention_eager", _computed, "CompositeExplicitAutograd")
+torch.library.register_fake("sparse_dit::block_sparse_attention_eager", _shapes, lib=_library)
+_eager = torch.ops.sparse_dit.block_sparse_attention_eager.default

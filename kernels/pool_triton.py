@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
 from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
 
 
@@ -108,12 +109,12 @@ def constants(
     head_size: int, block: int, launch: Launch, *, piece: int, ordered: bool, subtracted: bool, similarity: bool
 ) -> dict[str, object]:
     """The kernel's compile-time arguments."""
-    columns = triton.next_power_of_2(head_size)
+    columns = power_of_2(head_size)
     return {
         "PIECE": piece,
         "HEAD_SIZE": head_size,
         "COLUMNS": columns,
-        "TILE": min(triton.next_power_of_2(block), max(1, launch.elements // columns)),
+        "TILE": min(power_of_2(block), max(1, launch.elements // columns)),
         "ORDERED": ordered,
         "SUBTRACTED": subtracted,
         "SIMILARITY": similarity,
@@ -134,7 +135,7 @@ def triton_pool(
     if order is not None:
         tokens = order.shape[1]
         order = order.expand(heads, -1)
-    n_blocks = triton.cdiv(tokens, block)
+    n_blocks = cdiv(tokens, block)
     means = torch.empty(batch, heads, n_blocks, head_size, dtype=torch.float32, device=x.device)
     alike = torch.empty(batch, heads, n_blocks if similarity else 0, dtype=torch.float32, device=x.device)
     strides, piece = (pieces(x), PIECE_BYTES // x.element_size()) if is_aligned(x) else (x.stride()[:-1], 1)
@@ -147,8 +148,9 @@ def triton_pool(
         subtracted=subtract is not None,
         similarity=similarity,
     )
-    with torch.cuda.device_of(x):
-        pool_kernel[(n_blocks, heads, batch)](
+    with device_of(x):
+        launch_kernel(
+            pool_kernel, (n_blocks, heads, batch),
             x, order, subtract, means, alike, *strides, x.stride(-1),
             *(order.stride() if order is not None else (0, 0)),
             *(subtract.stride() if subtract is not None else (0, 0, 0)),

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
+from sparse_dit.kernels.pieces import steps
 from sparse_dit.kernels.quantize import (
     CODE_ALIGN,
     FP8_MAX,
@@ -280,7 +281,7 @@ def launch_options(head_size: int, arch: str) -> dict[str, Any]:
 
 def constants(precision: str, head_size: int, ordered: bool, rotate: bool, piece: int) -> dict[str, Any]:
     """The compile-time arguments of `quantize_kernel`."""
-    width = triton.next_power_of_2(head_size)
+    width = power_of_2(head_size)
     return {
         "FP8": precision == "int8_fp8",
         "ORDERED": ordered,
@@ -310,9 +311,18 @@ def means_constants(fixed: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache
+def _settings(
+    precision: str, head_size: int, ordered: bool, rotate: bool, piece: int, device: torch.device
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """`constants`, `means_constants` and `launch_options` of a call, which does not change them."""
+    fixed = constants(precision, head_size, ordered, rotate, piece)
+    return fixed, means_constants(fixed), launch_options(head_size, architecture(device))
+
+
+@lru_cache
 def _rotation_factors(head_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """The rotation of the first min(D, ROTATED) channels: signs [PART, PART] and fp32 factors [PART], zero behind D."""
-    width = min(triton.next_power_of_2(head_size), ROTATED)
+    width = min(power_of_2(head_size), ROTATED)
     matrix = torch.zeros(width, width)
     size = min(head_size, ROTATED)
     matrix[:size, :size] = rotation(size)
@@ -326,12 +336,11 @@ def triton_quantize(
     batch, heads, seq_q, head_size = q.shape
     seq_k, padded_k = k.shape[2], padded(k.shape[2], GROUP)
     fp8 = precision == "int8_fp8"
-    whole = all(is_aligned(x) for x in (q, k, v))
-    strides = [[*(pieces(x) if whole else x.stride()[:-1]), x.stride(-1)] for x in (q, k, v)]
-    fixed = constants(precision, head_size, order is not None, rotate, PIECE_BYTES // q.element_size() if whole else 1)
+    piece, strides = steps(q, k, v)
+    fixed, means_fixed, options = _settings(precision, head_size, order is not None, rotate, piece, q.device)
 
     def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(batch, heads, *shape, dtype=dtype, device=q.device)
+        return q.new_empty((batch, heads, *shape), dtype=dtype)
 
     k_mean, v_mean = fresh(head_size), fresh(head_size) if fp8 else None
     q_codes, q_scale = fresh(seq_q, fixed["CODES"], dtype=torch.int8), fresh(seq_q)
@@ -344,20 +353,22 @@ def triton_quantize(
     elif order is not None:
         v_codes = fresh(seq_k, head_size, dtype=v.dtype)
     signs, norms = _rotation_factors(head_size, q.dtype, q.device) if rotate else (None, None)
-    with torch.cuda.device_of(q):
-        sampled_means_kernel[heads, batch, 1 + fp8](
-            k, v, signs, norms, k_mean, v_mean, *strides[1], *strides[2], seq_k, min(seq_k, SAMPLE),
-            **means_constants(fixed), num_warps=8, enable_fp_fusion=False,
+    with device_of(q):
+        launch_kernel(
+            sampled_means_kernel, (heads, batch, 1 + fp8),
+            k, v, signs, norms, k_mean, v_mean, *strides[4:], seq_k, min(seq_k, SAMPLE),
+            **means_fixed, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
-        tiles = max(triton.cdiv(seq_q, GROUP), padded_k // GROUP)
-        grid = (triton.cdiv(tiles, STEPS), batch * heads, 2 if v_codes is v else 2 + STEPS)
-        quantize_kernel[grid](
+        tiles = max(cdiv(seq_q, GROUP), padded_k // GROUP)
+        grid = (cdiv(tiles, STEPS), batch * heads, 2 if v_codes is v else 2 + STEPS)
+        launch_kernel(
+            quantize_kernel, grid,
             q, k, v, order, k_mean, v_mean, signs, norms,
             q_codes, q_scale, lse_shift, k_codes, k_scale, v_codes, v_scale,
-            *strides[0], *strides[1], *strides[2],
+            *strides,
             0 if order is None or len(order) == 1 else order.stride(0),
             heads, seq_q, seq_k, padded_k, scale, scale * LOG2_E,
-            **fixed, **launch_options(head_size, architecture(q.device)), enable_fp_fusion=False,
+            **fixed, **options, enable_fp_fusion=False,
         )  # fmt: skip
     return Quantized(
         q=q_codes, q_scale=q_scale, lse_shift=lse_shift, k=k_codes, k_scale=k_scale,

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_dit.kernels.blocks import BlockList
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
 from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
 from sparse_dit.kernels.tiles import Launch
 
@@ -260,7 +261,7 @@ def launch_for(head_size: int, block_q: int) -> Launch:
         head_size: D.
         block_q: query tokens a block of the list.
     """
-    pinned = _LAUNCHES[triton.next_power_of_2(head_size)]
+    pinned = _LAUNCHES[power_of_2(head_size)]
     num_warps = pinned.num_warps if pinned.tile_q <= block_q else _CUT_WARPS
     return Launch(min(pinned.tile_q, block_q), pinned.tile_k, num_warps, pinned.num_stages)
 
@@ -269,7 +270,7 @@ def constants(head_size: int, block_q: int, launch: Launch, *, ordered: bool) ->
     """The compile-time arguments of the third kernel."""
     return {
         "HEAD_SIZE": head_size,
-        "COLUMNS": triton.next_power_of_2(head_size),
+        "COLUMNS": power_of_2(head_size),
         "BLOCK_Q": block_q,
         "TILE_Q": launch.tile_q,
         "TILE_K": launch.tile_k,
@@ -279,7 +280,7 @@ def constants(head_size: int, block_q: int, launch: Launch, *, ordered: bool) ->
 
 def means_constants(head_size: int, block_k: int, piece: int, *, ordered: bool) -> dict[str, object]:
     """The compile-time arguments of the first kernel."""
-    columns = triton.next_power_of_2(head_size)
+    columns = power_of_2(head_size)
     return {
         "PIECE": piece,
         "HEAD_SIZE": head_size,
@@ -305,12 +306,13 @@ def triton_merge(
     seq_k = k.shape[2]
     launch = launch_for(head_size, blocks.block_q)
     fixed = constants(head_size, blocks.block_q, launch, ordered=order is not None)
-    tiles = triton.cdiv(triton.cdiv(seq_k, blocks.block_k), launch.tile_k)
-    with torch.cuda.device_of(q):
+    tiles = cdiv(cdiv(seq_k, blocks.block_k), launch.tile_k)
+    with device_of(q):
         keys, values = _means(k, v, blocks.block_k, tiles * launch.tile_k, order)
         log_counts, skipped, skipped_counts = _skipped_tiles(blocks, seq_k, tiles, launch.tile_k)
         query_blocks = blocks.counts.shape[2]
-        summary_kernel[(triton.cdiv(seq_q, launch.tile_q), heads, batch)](
+        launch_kernel(
+            summary_kernel, (cdiv(seq_q, launch.tile_q), heads, batch),
             q, keys, values, out, lse, log_counts, skipped, skipped_counts, order,
             *q.stride(), *out.stride(),
             skipped_counts.stride(0) if len(skipped_counts) > 1 else 0,
@@ -329,9 +331,10 @@ def _means(k: Tensor, v: Tensor, block_k: int, rows: int, order: Tensor | None) 
     piece = PIECE_BYTES // k.element_size() if whole else 1
     fixed = means_constants(head_size, block_k, piece, ordered=order is not None)
     keys, values = (
-        torch.empty(batch, heads, rows, triton.next_power_of_2(head_size), dtype=k.dtype, device=k.device) for _ in "kv"
+        torch.empty(batch, heads, rows, power_of_2(head_size), dtype=k.dtype, device=k.device) for _ in "kv"
     )
-    means_kernel[rows, batch * heads, 2](
+    launch_kernel(
+        means_kernel, (rows, batch * heads, 2),
         k, v, order, keys, values, *strides[0], *strides[1],
         0 if order is None or len(order) == 1 else order.stride(0), heads, seq, **fixed, num_warps=MEANS_WARPS,
     )  # fmt: skip
@@ -341,13 +344,14 @@ def _means(k: Tensor, v: Tensor, block_k: int, rows: int, order: Tensor | None) 
 def _skipped_tiles(blocks: BlockList, seq_k: int, tiles: int, tile_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """For each row of the lists what is added to scores, fp32 [.., QB, tiles tile_k]; tiles with a skipped block, int32
     [.., QB, tiles]; and how many they are, int32 [.., QB]."""
-    k_blocks = triton.cdiv(seq_k, blocks.block_k)
+    k_blocks = cdiv(seq_k, blocks.block_k)
     shape, device = blocks.counts.shape, blocks.counts.device
     log_counts = torch.empty(*shape, tiles * tile_k, dtype=torch.float32, device=device)
     skipped = torch.empty(*shape, tiles, dtype=torch.int32, device=device)
     skipped_counts = torch.empty(shape, dtype=torch.int32, device=device)
     steps = blocks.indices.shape[-1].bit_length()  # bisections that settle a list of this width
-    skipped_tiles_kernel[(shape[2], shape[1], shape[0])](
+    launch_kernel(
+        skipped_tiles_kernel, (shape[2], shape[1], shape[0]),
         blocks.indices, blocks.counts, log_counts, skipped, skipped_counts,
         *blocks.indices.stride(), *blocks.counts.stride(),
         k_blocks, tiles, steps, math.log2(blocks.block_k), math.log2(seq_k - (k_blocks - 1) * blocks.block_k),

@@ -168,7 +168,12 @@ class _Patch:
             self.installed.renew()
             self._note_tensor_parallelism()
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        noise = self.family.noise.level(torch.as_tensor(arguments[self.family.noise.argument]), self.config)
+        noise = torch.as_tensor(arguments[self.family.noise.argument])
+        if torch.compiler.is_compiling():
+            noise = self.family.noise.level(noise, self.config)
+        elif self.run.reads_noise:
+            # Read first and computed here: one copy instead of a launch for each operation.
+            noise = self.family.noise.level(noise.cpu(), self.config)
         if self.family.reads:
             reading = self.family.read(arguments, self.config)
             grid = reading.samples[0].layout.grid

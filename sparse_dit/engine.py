@@ -65,18 +65,22 @@ class Run:
         """A copied pipeline starts a run of its own."""
         return Run(self.recipe, strict=self.strict, timing=self.tally.timing)
 
+    @property
+    def reads_noise(self) -> bool:
+        """Whether the noise level of the forward that begins must be known."""
+        return self.recipe.schedule.reads_noise or self.state.context.step is None
+
     def begin_forward(self, layout: TokenLayout, noise: torch.Tensor, planned: int, transformer: int = 0) -> None:
         """A forward of a transformer begins.
 
         Args:
             layout: its tokens.
-            noise: its noise level in [0, 1], any shape; the largest one counts. Read only when something depends on it,
-                because reading waits for the GPU.
+            noise: its noise level in [0, 1], any shape; the largest one counts. Read only when something depends on it
+                (`reads_noise`), because reading waits for the GPU.
             planned: number of self-attention layers.
             transformer: as `RunState.begin_forward`.
         """
-        read = self.recipe.schedule.reads_noise or self.state.context.step is None
-        self.state.begin_forward(layout, float(noise.max()) if read else None, transformer)
+        self.state.begin_forward(layout, float(noise.max()) if self.reads_noise else None, transformer)
         self.tally.begin_forward(planned)
 
     def end_forward(self) -> None:
@@ -153,7 +157,9 @@ class Run:
                 return dense()
             state, layout = self.state, self.state.layout
             assert layout is not None
-            q, k, v = (rearrange(x, f"{axes} -> {HEADS_FIRST}") for x in (q, k, v))
+            if axes == TOKENS_FIRST:
+                # Not by einops: four of its calls would be a tenth of the host's time.
+                q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             slot = state.slot(layer, (layout, q.shape, q.dtype, q.device))
             done = attend(
                 self.recipe, layout, q, k, v, scale=scale, layer=layer, step=state.step, slot=slot, spread=heads
@@ -162,7 +168,7 @@ class Run:
                 self.tally.count_dense("refresh", done.backend)
             else:
                 self.tally.count_sparse(done.density, done.backend)
-            return rearrange(done.out, f"{HEADS_FIRST} -> {axes}")
+            return done.out.transpose(1, 2) if axes == TOKENS_FIRST else done.out
 
     def _check_state(self, q: torch.Tensor, heads: Heads) -> None:
         """Raises ValueError when layers would keep more than the recipe allows; q is [B, H, S, D]."""

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -196,15 +196,23 @@ class _Counts:
     dense: Counter[str] = field(default_factory=Counter)
     sparse: int = 0
     density: float = 0.0  # sum over the sparse calls whose density is known beforehand
-    measured: dict[torch.device, torch.Tensor] = field(default_factory=dict)  # sum over the others, where they ran
+    measured: dict[torch.device, list[torch.Tensor]] = field(default_factory=dict)  # of the others, where they ran
 
     def add(self, density: float | torch.Tensor) -> None:
-        """Add the density of a sparse call, or a sum of several; a tensor is not read."""
+        """Add the density of a sparse call; a tensor is not read, and not even summed up yet."""
         if isinstance(density, torch.Tensor):
-            before = self.measured.get(density.device)
-            self.measured[density.device] = density if before is None else before + density
+            self.measured.setdefault(density.device, []).append(density)
         else:
             self.density += density
+
+    def merge(self, other: "_Counts") -> None:
+        """Add all that another one counted; measured densities become one sum a device."""
+        self.planned += other.planned
+        self.sparse += other.sparse
+        self.density += other.density
+        for device, densities in other.measured.items():
+            self.measured[device] = [torch.stack([*self.measured.get(device, ()), *densities]).sum()]
+        self.dense.update(other.dense)
 
     @property
     def made(self) -> int:
@@ -236,13 +244,8 @@ class Tally:
         Returns:
             The calls planned and the calls made in it.
         """
-        done, total = self._forward, self._total
-        total.planned += done.planned
-        total.sparse += done.sparse
-        total.add(done.density)
-        for measured in done.measured.values():
-            total.add(measured)
-        total.dense.update(done.dense)
+        done = self._forward
+        self._total.merge(done)
         self._forward = _Counts()
         return done.planned, done.made
 
@@ -263,12 +266,13 @@ class Tally:
         self._forward.add(density)
         self._backends.add(backend)
 
-    @contextmanager
-    def timed(self, device: torch.device) -> Iterator[None]:
+    def timed(self, device: torch.device) -> AbstractContextManager[None]:
         """Time what runs inside, if timing is on."""
-        if not self.timing:
-            yield
-        elif device.type == "cuda":
+        return self._timed(device) if self.timing else nullcontext()
+
+    @contextmanager
+    def _timed(self, device: torch.device) -> Iterator[None]:
+        if device.type == "cuda":
             begin, end = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
             stream = torch.cuda.current_stream(device)
             begin.record(stream)
@@ -287,7 +291,7 @@ class Tally:
             self._seconds += begin.elapsed_time(end) / 1000
         self._events.clear()
         total = self._total
-        density = total.density + sum(float(measured) for measured in total.measured.values())
+        density = total.density + sum(float(measured) for (measured,) in total.measured.values())
         return Summary(
             planned=total.planned,
             made=total.made,

@@ -8,8 +8,8 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from sparse_dit.kernels.bits import bits_to_lists, lists_to_bits
 from sparse_dit.kernels.blocks import BlockList
-from sparse_dit.kernels.lists import lists_to_mask, mask_to_lists, pack_bits, unpack_bits
 from sparse_dit.kernels.ordered import Ordered, order_with_means
 from sparse_dit.kernels.pool import block_means
 from sparse_dit.kernels.scores import part_means
@@ -147,12 +147,11 @@ class Dynamic(ABC):
 
     def keep(self, chosen: Chosen, call: Call) -> None:
         """Put what was chosen into the slot; block lists as one bit a block."""
-        call.slot["blocks"] = pack_bits(lists_to_mask(chosen.blocks, call.k_blocks))
+        call.slot["blocks"] = lists_to_bits(chosen.blocks, call.k_blocks)
 
     def recall(self, call: Call) -> Chosen:
         """What was chosen at the last refresh."""
-        mask = unpack_bits(call.slot["blocks"], call.k_blocks)
-        return Chosen(mask_to_lists(mask, call.block_q, call.block_k, capacity=call.k_blocks), call.table)
+        return Chosen(bits_to_lists(call.slot["blocks"], call.k_blocks, call.block_q, call.block_k), call.table)
 
     def kept_bytes(
         self, layout: TokenLayout, block_q: int, block_k: int, *, batch: int, heads: int, keeps: bool

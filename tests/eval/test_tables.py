@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from sparse_dit.eval.host_table import host
 from sparse_dit.eval.models_table import gains, models
 from sparse_dit.eval.systems_table import overhead, systems
 from sparse_dit.eval.tables import pages, speed
@@ -133,3 +134,24 @@ def test_overhead_shows_the_last_row_of_each_and_what_is_above_its_limit() -> No
         "| b |  |  |  | 0.5 % | 1.0 % |  |",
     ]
     assert overhead([]) == "No rows yet."
+
+
+def test_host_times_show_the_last_row_of_each_gpu_and_revision() -> None:
+    def row(name: str, own: float, kind: str = "cuda", **beyond: float) -> dict[str, Any]:
+        device, _, revision = name.partition(" ")
+        return {"device": {"type": kind, "name": device}, "revision": revision, "own_us": own, "beyond_us": beyond}
+
+    rows = [
+        row("A 1234567f", 1.0, static=2.0),
+        row("A 1234567e", 29.4, static=99.6, kept=7.0),
+        row("A 7", 30, static=100.4),
+    ]
+    text = host(rows)
+    assert text.splitlines() == [
+        "| us of host time a call | A, 1234567 | A, 7 |",
+        "| --- | ---: | ---: |",
+        "| stock itself | 29 | 30 |",
+        "| static, beyond stock | 100 | 100 |",
+        "| kept, beyond stock | 7 |  |",
+    ]
+    assert host([]) == host([row("CPU 1", 1.0, kind="cpu")]) == "Not measured yet."

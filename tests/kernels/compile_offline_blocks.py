@@ -12,9 +12,11 @@ from offline import architecture_of, report, target_of
 from triton.compiler import ASTSource
 
 from sparse_dit.kernels import (
+    bits_triton,
     cutoff_triton,
     density_triton,
     launch_order_triton,
+    lift_triton,
     lists_triton,
     mass_triton,
     pool_triton,
@@ -30,6 +32,8 @@ POINTERS = {
     "p_forced": "*u8",
     "p_indices": "*i32",
     "p_counts": "*i32",
+    "p_bits": "*u8",
+    "p_density": "*fp64",
 }
 ALIGNED = ("p_", "lse_", "subtract_")  # strides of tokens are not: of heads of 72 channels they are no multiples of 16
 
@@ -89,10 +93,13 @@ def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, An
         wide = fixed | {"WIDTH": width}
         yield cutoff_triton.ties_kernel, wide, types, lists_triton.warps_for(width), 3
         yield cutoff_triton.taken_kernel, wide | {"ROWS": 1024}, types, lists_triton.warps_for(width), 3
-    types = {"p_density": "*fp64"}
-    yield density_triton.density_kernel, {"ROWS": density_triton.ROWS}, types, density_triton.WARPS, 3
     fixed = {"ROWS": launch_order_triton.ROWS}
     yield launch_order_triton.rank_rows_kernel, fixed, {"p_rows": "*i32"}, launch_order_triton.WARPS, 3
+    fixed = {"BLOCK_Q": 128, "BLOCK_K": 64, "ROWS": density_triton.ROWS}
+    yield density_triton.density_kernel, fixed, {}, density_triton.WARPS, 3
+    yield bits_triton.bits_to_lists_kernel, {"WIDTH": 1024}, {}, bits_triton.WARPS, 3
+    yield bits_triton.lists_to_bits_kernel, {"WIDTH": 128}, {}, 1, 3
+    yield lift_triton.lift_kernel, {"WIDTH": 1024}, {"p_scale": "*fp32", "p_lift": "*fp32", "p_top": "*fp32"}, 4, 3
 
 
 def main(target_name: str) -> None:

@@ -36,6 +36,7 @@ def test_opcheck(qkv, random_mask, order, backend, precision, seq, orders):
     lists = mask_to_lists(random_mask(1, 2, 2, 2), 64, 64)
     arguments = (q, k, v, lists.indices, lists.counts, order, 64, 64, 0.125, precision, backend)
     torch.library.opcheck(torch.ops.sparse_dit.block_sparse_attention.default, arguments)
+    torch.library.opcheck(torch.ops.sparse_dit.block_sparse_attention_eager.default, arguments)
     if order is not None:
         ordered = [gather_tokens(x, order) for x in (q, k, v)]
         torch.library.opcheck(torch.ops.sparse_dit.block_sparse_attention.default, (*arguments, "drop", None, *ordered))
@@ -285,3 +286,17 @@ def test_a_call_does_not_wait_for_the_gpu(qkv, random_mask):
         BlockList(lists.indices, lists.counts, 64, 64, key_blocks=8)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def test_gradients_are_an_error_and_vmap_goes_call_by_call(qkv, random_mask):
+    q, k, v = qkv(1, 2, 100, 16)
+    lists = mask_to_lists(random_mask(1, 1, 2, 2), 64, 64)
+    out, lse = block_sparse_attention(q.requires_grad_(), k, v, lists)
+    with pytest.raises(RuntimeError, match=r"backward through sparse_dit.block_sparse_attention.* no autograd formula"):
+        (out.sum() + lse.sum()).backward()
+    with torch.no_grad():
+        assert not block_sparse_attention(q, k, v, lists)[0].requires_grad
+        stacked = torch.stack([q, 2 * q])
+        outs = torch.vmap(lambda q: block_sparse_attention(q, k, v, lists)[0])(stacked)
+        for got, one in zip(outs, stacked, strict=True):
+            torch.testing.assert_close(got, block_sparse_attention(one, k, v, lists)[0])

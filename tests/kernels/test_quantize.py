@@ -201,3 +201,16 @@ class TestCuda:
         q, k, v = qkv(1, 4, 2304, head_size, torch.bfloat16, "cuda")
         exact, _ = dense(q.float(), k.float(), v.float())
         assert relative(dense(q, k, v, precision=precision)[0], exact) <= most
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("groups", [1, 5, 8, 929])
+def test_the_scales_of_values_as_the_hopper_kernel_takes_them_in(groups, device):
+    from sparse_dit.kernels.lift_triton import lifts
+
+    scale = torch.rand(2, 3, groups, generator=torch.Generator().manual_seed(groups)) + 0.01
+    lift, top = (x.cpu() for x in lifts(scale.to(device)))
+    assert torch.equal(top, scale.amax(dim=-1))
+    # Two roundings of fp32, of the quotient and of a sum of up to 8.
+    torch.testing.assert_close(lift, (scale / top[..., None]).log2() + 8, atol=2e-6, rtol=0)
+    assert lift.max() == 8
