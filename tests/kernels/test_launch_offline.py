@@ -1,0 +1,49 @@
+"""Whole calls bind, compile and launch on sm_90, on a machine that has no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SECOND_PASS = ["means_kernel", "skipped_tiles_kernel", "summary_kernel"]
+CODES = ["sampled_means_kernel", "quantize_kernel"]
+
+
+def expected(precision: str, ordered: bool, skipped: str, backend: str) -> list[str]:
+    """The kernels of a call, in order."""
+    summary, native, hopper = skipped == "summary", precision == "native", backend == "hopper"
+    before = (["gather_kernel"] if ordered else []) if native else CODES
+    if precision == "int8_fp8" and hopper:
+        before = [*before, "lift_kernel"]
+    if not hopper:
+        return [*before, "block_sparse_forward_kernel" if native else "int8_forward_kernel", *SECOND_PASS * summary]
+    if native:
+        return [*before, *["hopper_means_kernel"] * summary, "hopper_forward_kernel"]
+    return [*before, "hopper_forward_kernel", *SECOND_PASS * summary]
+
+
+def test_calls_launch_what_their_kernels_take(tmp_path):
+    # Apart from the other tests' process: Triton reads TRITON_INTERPRET once, when a kernel is defined.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("launch_offline.py")],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    made = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(made) == 10
+    for call in made:
+        # The order of rows is found once for a list; everything else is launched anew.
+        first, second, third = (
+            [launch for launch in launches if launch["kernel"] != "rank_rows_kernel"] for launches in call["calls"]
+        )
+        kernels = expected(call["precision"], call["ordered"], call["skipped"], call["backend"])
+        assert [launch["kernel"] for launch in first] == kernels
+        assert first == second == third
+        # Only the kernel behind the means may start before the one in front of it ends.
+        dependent = {launch["kernel"] for launch in first if launch["dependent"]}
+        assert dependent == ({"hopper_forward_kernel"} if "hopper_means_kernel" in kernels else set())
