@@ -1,7 +1,7 @@
 """Inside the model: what a recipe keeps of the attention of every layer, head and step.
 
 A few query rows of each sparse call are computed whole, in fp32, beside the call itself, which is left as it is. Calls
-are seen where all of them pass, at the operator `sparse_dit::block_sparse_attention`, and told apart by forward hooks:
+are seen where all of them pass, at the operators of `kernels.ops`, and told apart by forward hooks:
 model and engine know nothing of it. For eager models, as compiled graphs run no hooks.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +24,8 @@ from sparse_dit.eval.kept import Kept, computed_keys, kept_of
 from sparse_dit.eval.mask_pictures import frames_of
 from sparse_dit.eval.pair import asking, plan_arguments
 from sparse_dit.kernels.blocks import BlockList
+from sparse_dit.kernels.gather import gather_tokens
+from sparse_dit.kernels.ops import OPERATORS
 from sparse_dit.pipelines.families import Family, family_of
 from sparse_dit.pipelines.generate import Request, generate
 from sparse_dit.pipelines.patch import explain, sparse
@@ -242,15 +244,29 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = func(*args, **(kwargs or {}))
         layer, looked_at = self.layer, self.steps is None or self.step in self.steps
-        if layer is not None and looked_at and func is torch.ops.sparse_dit.block_sparse_attention.default:
-            q, k, v, indices, counts, order, block_q, block_k, scale, *_ = args
+        if layer is not None and looked_at and func in OPERATORS:
+            _, _, _, indices, counts, _, block_q, block_k, scale, *_ = args
+            q, k, v, out, order = _as_listed(args, returned[0])
             key_blocks = -(-k.shape[2] // block_k)
             blocks = BlockList(indices, counts, block_q, block_k, key_blocks)
             chosen = torch.randperm(q.shape[2], generator=self.generator)[: self.rows].to(q.device)
-            kept = kept_of(q, k, v, blocks, returned[0], chosen, scale=scale, order=order)
+            kept = kept_of(q, k, v, blocks, out, chosen, scale=scale, order=order)
             self.calls.append((kept, bool((counts == key_blocks).all())))
             place = Place(self.step, layer, self.branch)
-            if self.look is not None and place in self.look.places and place not in self.probe.masks:
+            wanted = self.look is not None and place in self.look.places and place not in self.probe.masks
+            if self.look is not None and wanted and q is args[0]:  # of keys apart nobody knows the tokens
                 query = torch.tensor([self.look.query], device=q.device)
                 self.probe.masks[place] = computed_keys(blocks, order, query, q.shape[2])[0, 0, 0].cpu()
         return returned
+
+
+def _as_listed(args: Sequence[Any], out: torch.Tensor) -> tuple[Any, ...]:
+    """q, k, v and out of a call, and the order in which all of them enter blocks.
+
+    Where keys have an order of their own (`clusters`), all are told in their orders, and the order as None.
+    """
+    q, k, v, _, _, order = args[:6]
+    brought = args[13:16]
+    if len(brought) < 3 or brought[1] is None or torch.equal(gather_tokens(k, order), brought[1]):
+        return q, k, v, out, order
+    return *brought, gather_tokens(out, order), None

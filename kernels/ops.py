@@ -323,3 +323,5 @@ _library.define("block_sparse_attention_eager" + torch.library.infer_schema(_com
 _library.impl("block_sparse_attention_eager", _computed, "CompositeExplicitAutograd")
 torch.library.register_fake("sparse_dit::block_sparse_attention_eager", _shapes, lib=_library)
 _eager = torch.ops.sparse_dit.block_sparse_attention_eager.default
+OPERATORS = frozenset((torch.ops.sparse_dit.block_sparse_attention.default, _eager))
+"""What a `TorchDispatchMode` sees calls of attention along block lists as."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_dit.eval.kept import Kept
@@ -19,6 +18,7 @@ from sparse_dit.eval.pair import plan_arguments
 from sparse_dit.eval.probe import Place, probed
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import lists_to_mask
+from sparse_dit.kernels.ops import OPERATORS
 from sparse_dit.orders import Clusters
 from sparse_dit.pipelines.generate import Request, call_arguments, generate
 from sparse_dit.pipelines.patch import explain, sparse
@@ -169,7 +169,7 @@ class _Keeper(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = func(*args, **(kwargs or {}))
-        if func is torch.ops.sparse_dit.block_sparse_attention.default:
+        if func in OPERATORS:
             self.calls.append(args[:8])
         return returned
 

@@ -147,3 +147,23 @@ def test_refuses_no_rows_and_unknown_models(pipe) -> None:
         pass
     with pytest.raises(ValueError, match="transformer"), probed(object()):
         pass
+
+
+@pytest.mark.parametrize("order", ["hilbert", {"name": "clusters", "queries": 3, "keys": 5, "first_iterations": 3}])
+def test_figures_are_of_what_was_computed_whoever_brought_tokens_into_their_order(pipe, monkeypatch, order) -> None:
+    """Choosing blocks brings tokens into their order on the way, and clustered keys have another than queries."""
+    seen = []
+
+    def noted(q, k, v, blocks, out, rows, *, scale, order):
+        again, _ = block_sparse_attention(q, k, v, blocks, scale=scale, order=order)
+        seen.append(float((again - out).norm() / out.norm()))
+        return kept_of(q, k, v, blocks, out, rows, scale=scale, order=order)
+
+    monkeypatch.setattr("sparse_dit.eval.probe.kept_of", noted)
+    recipe = load_recipe(
+        {"order": order, "selection": {"name": "pooled", "density": 0.5}, "block_q": 32, "block_k": 32}
+    )
+    with sparse(pipe, recipe), probed(pipe):
+        generate(pipe, REQUEST)
+    assert seen
+    assert max(seen) <= 1e-5
