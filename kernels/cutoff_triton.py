@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
 from sparse_dit.kernels.lists_triton import LOWEST, _best, _key, warps_for
 
 # Bits a digit: more of them take fewer launches, and more sums a number.
@@ -268,14 +269,21 @@ def _taken(
     inputs = (scores, excluded, *ends, budget if per_pool else None, totals)
     numbers = (0 if per_pool else budget, threshold, rows * columns, columns, *strides)
     fixed = {"MASS": ends[0] is not None, "EXCLUDED": excluded is not None, "PER_POOL": per_pool, "BITS": BITS}
-    width, chunk = triton.next_power_of_2(columns), CHUNK // 2 if fixed["MASS"] else CHUNK
-    grid = (triton.cdiv(rows * columns, TILE), pools)
-    with torch.cuda.device_of(scores):
+    width, chunk = power_of_2(columns), CHUNK // 2 if fixed["MASS"] else CHUNK
+    grid = (cdiv(rows * columns, TILE), pools)
+    with device_of(scores):
         for digit in range(digits):
-            digit_kernel[grid](*inputs, *numbers, digit, digits, **fixed, TILE=TILE, CHUNK=chunk, num_warps=WARPS)
-        ties_kernel[rows, pools](*inputs, ties, *numbers, digits, **fixed, WIDTH=width, num_warps=warps_for(columns))
-        taken_kernel[rows, pools](
+            launch_kernel(
+                digit_kernel, grid,
+                *inputs, *numbers, digit, digits, **fixed, TILE=TILE, CHUNK=chunk, num_warps=WARPS,
+            )  # fmt: skip
+        launch_kernel(
+            ties_kernel, (rows, pools),
+            *inputs, ties, *numbers, digits, **fixed, WIDTH=width, num_warps=warps_for(columns),
+        )  # fmt: skip
+        launch_kernel(
+            taken_kernel, (rows, pools),
             *inputs, ties, taken.view(torch.uint8), *numbers, digits, **fixed, WIDTH=width,
-            ROWS=min(1024, triton.next_power_of_2(rows)), num_warps=warps_for(columns),
+            ROWS=min(1024, power_of_2(rows)), num_warps=warps_for(columns),
         )  # fmt: skip
     return taken

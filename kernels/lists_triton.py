@@ -168,7 +168,7 @@ def select_kernel(
 
 def warps_for(k_blocks: int) -> int:
     """Warps a program: one exchanges sums without shared memory; 16 scores a thread leave registers to other rows."""
-    return int(min(16, max(1, triton.next_power_of_2(k_blocks) // 512)))
+    return int(min(16, max(1, power_of_2(k_blocks) // 512)))
 
 
 def constants(rule: str, k_blocks: int, *, forced: bool, per_row: bool, mapped: bool = False) -> dict[str, object]:

@@ -13,6 +13,7 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
 from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
 
 # Tokens of a run that one thread adds up, in the registers they came to: no sum of so few crosses threads.
@@ -120,7 +121,7 @@ def order_means_kernel(
 
 def constants(units: tuple[int, int], head_size: int, piece: int) -> dict[str, int]:
     """The kernel's compile-time arguments."""
-    columns = triton.next_power_of_2(head_size)
+    columns = power_of_2(head_size)
     return {
         "UNIT_Q": units[0],
         "UNIT_K": units[1],
@@ -149,13 +150,14 @@ def triton_order_with_means(
     whole = all(is_aligned(x) for x in tensors)
     strides = [stride for x in tensors for stride in (*(pieces(x) if whole else x.stride()[:-1]), x.stride(-1))]
     outs = [torch.empty(batch, seq, heads, head_size, dtype=x.dtype, device=x.device) for x in tensors]
-    runs = [triton.cdiv(seq, unit) for unit in units]
+    runs = [cdiv(seq, unit) for unit in units]
     dtype = q.dtype if parts else torch.float32
     q_means, k_means = (torch.empty(batch, heads, n, head_size, dtype=dtype, device=q.device) for n in runs)
     fixed = constants(units, head_size, PIECE_BYTES // q.element_size() if whole else 1)
     q_order, k_order = q_order.contiguous(), k_order.contiguous()
-    with torch.cuda.device_of(q):
-        order_means_kernel[triton.cdiv(seq, fixed["TOKENS"]) * heads, batch, 3](
+    with device_of(q):
+        launch_kernel(
+            order_means_kernel, (cdiv(seq, fixed["TOKENS"]) * heads, batch, 3),
             *tensors, *outs, q_means, k_means, q_order, k_order, *strides,
             *(0 if len(order) == 1 else order.stride(0) for order in (q_order, k_order)),
             heads, seq, *runs, **fixed, num_warps=warps_for(fixed["TOKENS"], fixed["COLUMNS"]), enable_fp_fusion=True,

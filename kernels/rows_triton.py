@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
 from sparse_dit.kernels.pieces import aligned, pieces
 
 ROWS, TILE, VALUES = 64, 32, 64  # three sums of 64 rows and channels take 96 registers a thread
@@ -159,7 +160,7 @@ def constants(head_size: int, dtype: torch.dtype) -> dict[str, object]:
     """The compile-time arguments of rows_kernel."""
     return {
         "HEAD_SIZE": head_size,
-        "COLUMNS": triton.next_power_of_2(head_size),
+        "COLUMNS": power_of_2(head_size),
         "VALUES": VALUES,
         "ROWS": ROWS,
         "TILE": TILE,
@@ -177,22 +178,24 @@ def triton_band_errors(
     q, k, v = aligned(q), aligned(k), aligned(v)
     own, keys = own.contiguous(), keys.contiguous()
     batch, heads, seq, head_size = q.shape
-    spans = min(SPANS, triton.cdiv(seq, TILE), max(1, PROGRAMS // (batch * heads)))
-    span = triton.cdiv(triton.cdiv(seq, spans), TILE) * TILE
-    spans = triton.cdiv(seq, span)
+    spans = min(SPANS, cdiv(seq, TILE), max(1, PROGRAMS // (batch * heads)))
+    span = cdiv(cdiv(seq, spans), TILE) * TILE
+    spans = cdiv(seq, span)
     out = torch.empty(3, batch * heads, spans, len(rows), head_size, dtype=torch.float32, device=q.device)
     weight = torch.empty(out.shape[:-1], dtype=torch.float32, device=q.device)
     peak = torch.empty(weight.shape[1:], dtype=torch.float32, device=q.device)
     error = torch.empty(2, batch, heads, len(rows), dtype=torch.float32, device=q.device)
     fixed = constants(head_size, q.dtype)
-    with torch.cuda.device_of(q):
-        rows_kernel[(triton.cdiv(head_size, VALUES), spans, batch * heads)](
+    with device_of(q):
+        launch_kernel(
+            rows_kernel, (cdiv(head_size, VALUES), spans, batch * heads),
             q, k, v, rows, own, keys, out, peak, weight, scale * math.log2(math.e), reach,
             *pieces(q), *pieces(k), *pieces(v), heads, len(rows), seq, span, **fixed,
             num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=True,
         )  # fmt: skip
-        rows_error_kernel[(len(rows), batch * heads)](
+        launch_kernel(
+            rows_error_kernel, (len(rows), batch * heads),
             out, peak, weight, error, len(rows), spans, HEAD_SIZE=head_size, COLUMNS=fixed["COLUMNS"],
-            SPANS=triton.next_power_of_2(spans), num_warps=4,
+            SPANS=power_of_2(spans), num_warps=4,
         )  # fmt: skip
     return error.sum(dim=-1)

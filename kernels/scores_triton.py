@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
+
 
 @triton.jit
 def scores_kernel(
@@ -141,7 +143,7 @@ def constants(
         "PER_Q": per_q,
         "PER_K": per_k,
         "HEAD_SIZE": head_size,
-        "COLUMNS": triton.next_power_of_2(head_size),
+        "COLUMNS": power_of_2(head_size),
         "TILE_Q": launch.tile_q,
         "TILE_K": launch.columns // per_k,
         "MAX": reduction == "max",
@@ -157,13 +159,14 @@ def triton_scores(
     batch, heads, q_parts, head_size = q.shape
     k_parts = k.shape[2]
     launch = launch or launch_for(head_size, per_k)
-    q_blocks, k_blocks = triton.cdiv(q_parts, per_q), triton.cdiv(k_parts, per_k)
+    q_blocks, k_blocks = cdiv(q_parts, per_q), cdiv(k_parts, per_k)
     scores = torch.empty(batch, heads, q_blocks, k_blocks, dtype=torch.float32, device=q.device)
     factor = scale if reduction == "max" else scale * math.log2(math.e)
     fixed = constants(head_size, per_q, per_k, launch, reduction=reduction, dtype=q.dtype)
-    grid = (triton.cdiv(k_blocks, launch.columns // per_k), triton.cdiv(q_blocks, launch.tile_q), batch * heads)
-    with torch.cuda.device_of(q):
-        scores_kernel[grid](
+    grid = (cdiv(k_blocks, launch.columns // per_k), cdiv(q_blocks, launch.tile_q), batch * heads)
+    with device_of(q):
+        launch_kernel(
+            scores_kernel, grid,
             q, k, scores, factor, q_parts, k_parts, q_blocks, k_blocks, **fixed,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
@@ -177,7 +180,7 @@ def part_constants(head_size: int, part: int, *, ordered: bool, dtype: torch.dty
     """The compile-time arguments of parts_kernel."""
     return {
         "HEAD_SIZE": head_size,
-        "COLUMNS": triton.next_power_of_2(head_size),
+        "COLUMNS": power_of_2(head_size),
         "PART": part,
         "PARTS": PARTS,
         "TILE": min(PART_TILE, PARTS * part),
@@ -192,11 +195,12 @@ def triton_part_means(x: Tensor, part: int, order: Tensor | None) -> Tensor:
     batch, heads, tokens, head_size = x.shape
     if order is not None:
         order = order.contiguous().expand(heads, -1)
-    parts = triton.cdiv(tokens, part)
+    parts = cdiv(tokens, part)
     means = torch.empty(batch, heads, parts, head_size, dtype=x.dtype, device=x.device)
     fixed = part_constants(head_size, part, ordered=order is not None, dtype=x.dtype)
-    with torch.cuda.device_of(x):
-        parts_kernel[(triton.cdiv(parts, PARTS), heads, batch)](
+    with device_of(x):
+        launch_kernel(
+            parts_kernel, (cdiv(parts, PARTS), heads, batch),
             x, order, means, *x.stride()[:3], 0 if order is None else order.stride(0), tokens, parts, **fixed,
             num_warps=4, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip

@@ -8,6 +8,20 @@ from pathlib import Path
 
 SECOND_PASS = ["means_kernel", "skipped_tiles_kernel", "summary_kernel"]
 CODES = ["sampled_means_kernel", "quantize_kernel"]
+CUTOFF = [*["digit_kernel"] * 8, "ties_kernel", "taken_kernel"]
+CHOICES = {
+    "order and means": ["order_means_kernel"],
+    "means of parts": ["parts_kernel"],
+    "means": ["pool_kernel"],
+    "scores": ["scores_kernel"],
+    "sampled rows": ["rows_kernel", "rows_error_kernel"],
+    "count": CUTOFF,
+    "mass": CUTOFF,
+    "lists": ["select_kernel"],
+    "density": ["density_kernel"],
+    "bits": ["lists_to_bits_kernel", "bits_to_lists_kernel"],
+    "block mass": ["block_mass_kernel"],
+}
 
 
 def expected(precision: str, ordered: bool, skipped: str, backend: str) -> list[str]:
@@ -35,15 +49,21 @@ def test_calls_launch_what_their_kernels_take(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     made = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(made) == 10
-    for call in made:
+    calls, choices = [row for row in made if "backend" in row], [row for row in made if "choice" in row]
+    assert len(calls) == 10
+    for row in calls:
         # The order of rows is found once for a list; everything else is launched anew.
         first, second, third = (
-            [launch for launch in launches if launch["kernel"] != "rank_rows_kernel"] for launches in call["calls"]
+            [launch for launch in launches if launch["kernel"] != "rank_rows_kernel"] for launches in row["calls"]
         )
-        kernels = expected(call["precision"], call["ordered"], call["skipped"], call["backend"])
+        kernels = expected(row["precision"], row["ordered"], row["skipped"], row["backend"])
         assert [launch["kernel"] for launch in first] == kernels
         assert first == second == third
         # Only the kernel behind the means may start before the one in front of it ends.
         dependent = {launch["kernel"] for launch in first if launch["dependent"]}
         assert dependent == ({"hopper_forward_kernel"} if "hopper_means_kernel" in kernels else set())
+    assert {row["choice"]: [launch["kernel"] for launch in row["calls"][0]] for row in choices} == CHOICES
+    for row in choices:
+        first, second, third = row["calls"]
+        assert first == second == third
+        assert not any(launch["dependent"] for launch in first)
