@@ -1,7 +1,6 @@
-"""Makes whole calls on a GPU of sm_90 that is not there: kernels are compiled and launched, and nothing runs.
+"""Makes whole calls on a GPU that is not there, and prints their launches as a line of JSON a call.
 
-Launches are checked against what the compiled kernels take, and printed as a line of JSON a call, each made three
-times: once as Triton launches, and twice by the remembered kernels.
+Each is made three times: once as Triton launches, and twice by the remembered kernels.
 """
 
 import json
@@ -9,8 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from offline import target_of
-from triton.runtime import driver
+from absent_gpu import launched
 
 from sparse_dit.kernels import ops
 from sparse_dit.kernels.bits_triton import triton_bits_to_lists, triton_lists_to_bits
@@ -33,70 +31,6 @@ CALLS = (
     ("int8_fp8", 128, 128, False, "drop"),
 )
 SEQ, HEADS = 500, 2
-launched: list[dict[str, Any]] = []
-
-
-def kind_of(value: Any) -> str:
-    """What a launcher takes a value for."""
-    if isinstance(value, (int, torch.Tensor)):
-        return "pointer or integer"
-    return "float" if isinstance(value, float) else "box" if hasattr(value, "block_shape") else "nothing"
-
-
-def wanted(declared: str) -> str:
-    """The same of a type in a compiled kernel's signature."""
-    if declared.startswith("tensordesc"):
-        return "box"
-    return "float" if declared.startswith("fp") else "pointer or integer"
-
-
-class Launcher:
-    """In place of the function that Triton compiles in C for a kernel."""
-
-    def __init__(self, source: Any, metadata: Any) -> None:
-        self.source, self.dependent = source, metadata.launch_pdl
-
-    def __call__(self, x: int, y: int, z: int, stream: int, function: int, packed: Any, *rest: Any) -> None:
-        _, _, _, *values = rest  # metadata and hooks
-        kernel, signature = self.source.fn.__name__, list(self.source.signature.items())
-        assert len(values) == len(signature), f"{kernel}: {len(values)} arguments; valid: {len(signature)}"
-        told = []
-        for (name, declared), value in zip(signature, values, strict=True):
-            if declared == "constexpr":
-                continue
-            assert kind_of(value) == wanted(declared), f"{kernel}: {name} is {kind_of(value)}; valid: {declared}"
-            told.append(told_of(value) if not declared.startswith("*") else "address")
-        launched.append({"kernel": kernel, "grid": (x, y, z), "dependent": self.dependent, "arguments": told})
-
-
-def told_of(value: Any) -> Any:
-    return [value.shape, value.strides, value.block_shape] if hasattr(value, "block_shape") else value
-
-
-class Utils:
-    """What Triton asks the driver for when it loads a kernel."""
-
-    def load_binary(self, *_: Any) -> tuple[None, int, int, int, int]:
-        """Module, function, registers, spills, threads at most."""
-        return None, 1, 0, 0, 1024
-
-    def get_device_properties(self, _: int) -> dict[str, int]:
-        return {"max_shared_mem": 232_448, "multiprocessor_count": 132, "warpSize": 32}
-
-
-class Absent:
-    """A driver of a GPU that is not there."""
-
-    utils, launcher_cls = Utils(), Launcher
-
-    def get_current_target(self) -> Any:
-        return target_of("cuda:90")
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _: int | None = None) -> int:
-        return 0
 
 
 def thrice(work: Callable[[], object]) -> list[list[dict[str, Any]]]:
@@ -144,7 +78,6 @@ def choose() -> None:
         print(json.dumps({"choice": name, "calls": thrice(work)}))
 
 
-driver.set_active(Absent())
 for case in CALLS:
     for backend in ("hopper", "triton"):
         call(*case, backend)
