@@ -7,14 +7,13 @@ What follows the part goes to its script in `sparse_dit.pipelines.tiny_wan`, whi
 """
 
 import argparse
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparse_dit.eval.results import Row, append_row, device_of, load_rows, provenance
+from sparse_dit.eval.results import Row, append_row, command_line, device_of, load_rows, provenance
 from sparse_dit.pipelines.tiny_wan import evaluate, train_transformer, train_vae
 
 PARTS: dict[str, Callable[[Sequence[str]], dict[str, Any]]] = {
@@ -45,7 +44,7 @@ def run_part(part: str, arguments: Sequence[str], rows: Path) -> Row:
     module = PARTS[part].__module__
     row = {
         "part": part,
-        "command": shlex.join(["python", "-m", module, *arguments]),
+        "command": command_line(f"python -m {module}", arguments),
         **report,
         "device": device_of("cuda" if torch.cuda.is_available() else "cpu", torch.float32),
         **provenance(),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
+from sparse_dit.kernels.look_up_triton import is_listed, look_up_steps
 
 WARPS = 4
 
@@ -45,7 +46,7 @@ def lists_to_bits_kernel(
     steps,
     WIDTH: tl.constexpr,
 ):
-    """Bits of a row. Each column looks itself up in the list, which ascends, by `steps` bisections."""
+    """Bits of a row. Each column looks itself up in the list."""
     i_all = tl.program_id(0)
     i_bh, i_own = (i_all // rows).to(tl.int64), (i_all % rows).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -55,17 +56,7 @@ def lists_to_bits_kernel(
     b_bits = tl.zeros([WIDTH], tl.int32)
     for place in tl.static_range(8):
         o_column = o_byte * 8 + place
-        b_low = tl.zeros([WIDTH], tl.int32)
-        b_high = b_low + count
-        for _ in range(steps):
-            b_middle = (b_low + b_high) // 2
-            m_open = b_low < b_high
-            b_at = tl.load(p_indices + b_middle * i_index, mask=m_open, other=0)
-            b_low = tl.where(m_open & (b_at < o_column), b_middle + 1, b_low)
-            b_high = tl.where(m_open & (b_at >= o_column), b_middle, b_high)
-        m_in = b_low < count
-        b_at = tl.load(p_indices + b_low * i_index, mask=m_in, other=-1)
-        b_bits |= (m_in & (b_at == o_column)).to(tl.int32) << place
+        b_bits |= is_listed(o_column, p_indices, i_index, count, steps).to(tl.int32) << place
     tl.store(p_bits + tl.cast(i_all, tl.int64) * row_bytes + o_byte, b_bits.to(tl.uint8), mask=o_byte < row_bytes)
 
 
@@ -90,7 +81,7 @@ def triton_lists_to_bits(blocks: BlockList, key_blocks: int) -> Tensor:
     with device_of(counts):
         launch_kernel(
             lists_to_bits_kernel, (counts.numel(),), indices, counts, bits, *indices.stride(), *counts.stride(),
-            heads, rows, row_bytes, indices.shape[3].bit_length(),
+            heads, rows, row_bytes, look_up_steps(indices),
             WIDTH=power_of_2(row_bytes), num_warps=1,
         )  # fmt: skip
     return bits

@@ -140,6 +140,25 @@ def digit_kernel(
 
 
 @triton.jit
+def _row(
+    p_scores, p_excluded, p_low, p_high, p_budget, p_totals, budget, threshold, size, columns, e_pool, e_row, e_column,
+    digits, i_row, i_pool, o_column, MASS: tl.constexpr, EXCLUDED: tl.constexpr, PER_POOL: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    """Numbers of a row, whether they are left out, their keys, LOWEST of those; the last value that is taken, and what
+    those equal to it may still add."""
+    p_totals += i_pool * (digits * (1 << BITS) + 1)
+    target = _target(p_totals, p_budget, budget, i_pool, digits, threshold, MASS, PER_POOL, BITS)
+    bound, above = _found(p_totals, digits, target, BITS)
+    m = o_column < columns
+    b_score, m_out = _read(
+        p_scores, p_excluded, p_low, p_high, i_pool, i_row * columns + o_column, m, size, columns, e_pool, e_row,
+        e_column, MASS, EXCLUDED,
+    )  # fmt: skip
+    return b_score, m_out, tl.where(m & (m_out == 0), _key(b_score), LOWEST), bound, target - above
+
+
+@triton.jit
 def ties_kernel(
     p_scores,
     p_excluded,
@@ -164,16 +183,12 @@ def ties_kernel(
 ):
     """How many numbers of one row equal the last value that is taken."""
     i_row, i_pool = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    p_totals += i_pool * (digits * (1 << BITS) + 1)
-    target = _target(p_totals, p_budget, budget, i_pool, digits, threshold, MASS, PER_POOL, BITS)
-    bound, _ = _found(p_totals, digits, target, BITS)
     o_column = tl.arange(0, WIDTH)
-    m = o_column < columns
-    b_score, m_out = _read(
-        p_scores, p_excluded, p_low, p_high, i_pool, i_row * columns + o_column, m, size, columns, e_pool, e_row,
-        e_column, MASS, EXCLUDED,
+    _, _, b_key, bound, _ = _row(
+        p_scores, p_excluded, p_low, p_high, p_budget, p_totals, budget, threshold, size, columns, e_pool, e_row,
+        e_column, digits, i_row, i_pool, o_column, MASS, EXCLUDED, PER_POOL, BITS,
     )  # fmt: skip
-    m_equal = m & (m_out == 0) & (_key(b_score) == bound)
+    m_equal = (b_key == bound) & (b_key > LOWEST)
     tl.store(p_ties + i_pool * tl.num_programs(0) + i_row, tl.sum(m_equal.to(tl.int32), 0))
 
 
@@ -204,28 +219,23 @@ def taken_kernel(
 ):
     """Marks what one row takes: by MASS also what is left out of the comparison, else at least the row's best."""
     i_row, i_pool = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    p_totals += i_pool * (digits * (1 << BITS) + 1)
-    target = _target(p_totals, p_budget, budget, i_pool, digits, threshold, MASS, PER_POOL, BITS)
-    bound, above = _found(p_totals, digits, target, BITS)
     b_before = tl.zeros([ROWS], tl.int32)
     for start in range(0, i_row, ROWS):
         o_row = start + tl.arange(0, ROWS)
         b_before += tl.load(p_ties + i_pool * tl.num_programs(0) + o_row, mask=o_row < i_row, other=0)
     o_column = tl.arange(0, WIDTH)
-    m = o_column < columns
-    b_score, m_out = _read(
-        p_scores, p_excluded, p_low, p_high, i_pool, i_row * columns + o_column, m, size, columns, e_pool, e_row,
-        e_column, MASS, EXCLUDED,
+    b_score, m_out, b_key, bound, still = _row(
+        p_scores, p_excluded, p_low, p_high, p_budget, p_totals, budget, threshold, size, columns, e_pool, e_row,
+        e_column, digits, i_row, i_pool, o_column, MASS, EXCLUDED, PER_POOL, BITS,
     )  # fmt: skip
-    b_key = tl.where(m & (m_out == 0), _key(b_score), LOWEST)
     m_equal = (b_key == bound) & (b_key > LOWEST)
     b_rank = (tl.cumsum(m_equal.to(tl.int32), 0) - 1 + tl.sum(b_before, 0)).to(tl.int64)
     if MASS:
         b_rank *= (b_score.to(tl.float64) * ONE).to(tl.int64)
-    m_taken = (b_key > bound) | (m_equal & (b_rank < target - above))
+    m_taken = (b_key > bound) | (m_equal & (b_rank < still))
     m_taken |= m_out if MASS else _best(b_key, o_column)
     o_taken = (i_pool * tl.num_programs(0) + i_row) * columns + o_column
-    tl.store(p_taken + o_taken, m_taken.to(tl.uint8), mask=m)
+    tl.store(p_taken + o_taken, m_taken.to(tl.uint8), mask=o_column < columns)
 
 
 def triton_take_mass(gates: Tensor, own: Tensor, threshold: float) -> Tensor:

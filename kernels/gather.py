@@ -29,5 +29,12 @@ def scatter_tokens(x: Tensor, order: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def in_token_order(out: Tensor, lse: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Outputs [B, H, S, D] and lse [B, H, S] of tokens in an order, in the tokens' own."""
+    if order is None:
+        return out, lse
+    return scatter_tokens(out, order, torch.empty_like(out)), scatter_tokens(lse, order, torch.empty_like(lse))
+
+
 def _heads(x: Tensor, order: Tensor) -> Tensor:
     return torch.arange(x.shape[1], device=order.device)[:, None]

@@ -15,7 +15,7 @@ from sparse_dit.kernels import memory
 from sparse_dit.kernels.alike import remembered
 from sparse_dit.kernels.backends import chosen_backend
 from sparse_dit.kernels.blocks import BlockList
-from sparse_dit.kernels.gather import gather_tokens, scatter_tokens
+from sparse_dit.kernels.gather import gather_tokens, in_token_order
 
 PRECISIONS = ("native", "int8", "int8_fp8")
 SKIPPED = ("drop", "summary")
@@ -260,7 +260,7 @@ def _attend(
             return triton_quantized_attention(codes, indices, counts, order, block_q, block_k, q.dtype, pv_threshold)
         from sparse_dit.kernels.host import host_quantized_attention
 
-        return _in_token_order(*host_quantized_attention(codes, *lists, q.dtype, pv_threshold), order)
+        return in_token_order(*host_quantized_attention(codes, *lists, q.dtype, pv_threshold), order)
     if backend == "host":
         from sparse_dit.kernels.host import host_attention
 
@@ -268,7 +268,7 @@ def _attend(
             q, k, v = ordered
         elif order is not None:
             q, k, v = (gather_tokens(x, order) for x in (q, k, v))
-        return _in_token_order(*host_attention(q, k, v, *lists, scale, pv_threshold), order)
+        return in_token_order(*host_attention(q, k, v, *lists, scale, pv_threshold), order)
     if order is not None and ordered is None:
         from sparse_dit.kernels.gather_triton import triton_gather
 
@@ -283,12 +283,6 @@ def _attend(
 
     q, k, v = (q, k, v) if ordered is None else ordered
     return hopper_attention(q, k, v, indices, counts, order, block_q, block_k, scale, skipped == "summary")
-
-
-def _in_token_order(out: Tensor, lse: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
-    if order is None:
-        return out, lse
-    return scatter_tokens(out, order, torch.empty_like(out)), scatter_tokens(lse, order, torch.empty_like(lse))
 
 
 def _shapes(

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
-from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
+from sparse_dit.kernels.pieces import steps
 
 # Tokens of a run that one thread adds up, in the registers they came to: no sum of so few crosses threads.
 OWN = 16
@@ -147,13 +147,12 @@ def triton_order_with_means(
     """
     batch, heads, seq, head_size = q.shape
     tensors = (q, k, v)
-    whole = all(is_aligned(x) for x in tensors)
-    strides = [stride for x in tensors for stride in (*(pieces(x) if whole else x.stride()[:-1]), x.stride(-1))]
+    piece, strides = steps(*tensors)
     outs = [torch.empty(batch, seq, heads, head_size, dtype=x.dtype, device=x.device) for x in tensors]
     runs = [cdiv(seq, unit) for unit in units]
     dtype = q.dtype if parts else torch.float32
     q_means, k_means = (torch.empty(batch, heads, n, head_size, dtype=dtype, device=q.device) for n in runs)
-    fixed = constants(units, head_size, PIECE_BYTES // q.element_size() if whole else 1)
+    fixed = constants(units, head_size, piece)
     q_order, k_order = q_order.contiguous(), k_order.contiguous()
     with device_of(q):
         launch_kernel(

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
-from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
+from sparse_dit.kernels.pieces import steps
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def triton_pool(
     n_blocks = cdiv(tokens, block)
     means = torch.empty(batch, heads, n_blocks, head_size, dtype=torch.float32, device=x.device)
     alike = torch.empty(batch, heads, n_blocks if similarity else 0, dtype=torch.float32, device=x.device)
-    strides, piece = (pieces(x), PIECE_BYTES // x.element_size()) if is_aligned(x) else (x.stride()[:-1], 1)
+    piece, strides = steps(x)
     fixed = constants(
         head_size,
         block,
@@ -151,7 +151,7 @@ def triton_pool(
     with device_of(x):
         launch_kernel(
             pool_kernel, (n_blocks, heads, batch),
-            x, order, subtract, means, alike, *strides, x.stride(-1),
+            x, order, subtract, means, alike, *strides,
             *(order.stride() if order is not None else (0, 0)),
             *(subtract.stride() if subtract is not None else (0, 0, 0)),
             tokens, n_blocks, block, **fixed, num_warps=launch.num_warps, enable_fp_fusion=True,

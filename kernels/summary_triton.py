@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel, power_of_2
-from sparse_dit.kernels.pieces import PIECE_BYTES, is_aligned, pieces
+from sparse_dit.kernels.look_up_triton import is_listed, look_up_steps
+from sparse_dit.kernels.pieces import steps
 from sparse_dit.kernels.tiles import Launch
 
 LOG2_E = math.log2(math.e)
@@ -130,17 +131,8 @@ def skipped_tiles_kernel(
     found = 0
     for first in tl.range(0, tiles * TILE_K, CHUNK):
         o_block = first + tl.arange(0, CHUNK)
-        # Rows ascend: `low` becomes the number of entries below the block, by bisection.
-        b_low = tl.zeros([CHUNK], tl.int32)
-        b_high = tl.zeros([CHUNK], tl.int32) + count
-        for _ in tl.range(0, steps):
-            m_open = b_low < b_high
-            b_middle = (b_low + b_high) // 2
-            b_entry = tl.load(p_indices + b_middle * i_index, mask=m_open, other=0)
-            b_low = tl.where(m_open & (b_entry < o_block), b_middle + 1, b_low)
-            b_high = tl.where(m_open & (b_entry >= o_block), b_middle, b_high)
-        b_entry = tl.load(p_indices + b_low * i_index, mask=b_low < count, other=-1)
-        b_skipped = ((b_entry != o_block) & (o_block < k_blocks)).to(tl.int32)
+        m_listed = is_listed(o_block, p_indices, i_index, count, steps)
+        b_skipped = ((m_listed == 0) & (o_block < k_blocks)).to(tl.int32)
         b_log = tl.where(o_block == k_blocks - 1, log_last, log_whole)
         b_log = tl.where(b_skipped > 0, b_log, -float("inf"))
         tl.store(p_log_counts + o_block, b_log, mask=o_block < tiles * TILE_K)
@@ -326,16 +318,14 @@ def triton_merge(
 def _means(k: Tensor, v: Tensor, block_k: int, rows: int, order: Tensor | None) -> tuple[Tensor, Tensor]:
     """Block means of k and v in their dtype, [B, H, rows, D rounded up to a power of two], zeros where none are."""
     batch, heads, seq, head_size = k.shape
-    whole = is_aligned(k) and is_aligned(v)
-    strides = [[*(pieces(x) if whole else x.stride()[:-1]), x.stride(-1)] for x in (k, v)]
-    piece = PIECE_BYTES // k.element_size() if whole else 1
+    piece, strides = steps(k, v)
     fixed = means_constants(head_size, block_k, piece, ordered=order is not None)
     keys, values = (
         torch.empty(batch, heads, rows, power_of_2(head_size), dtype=k.dtype, device=k.device) for _ in "kv"
     )
     launch_kernel(
         means_kernel, (rows, batch * heads, 2),
-        k, v, order, keys, values, *strides[0], *strides[1],
+        k, v, order, keys, values, *strides,
         0 if order is None or len(order) == 1 else order.stride(0), heads, seq, **fixed, num_warps=MEANS_WARPS,
     )  # fmt: skip
     return keys, values
@@ -349,12 +339,12 @@ def _skipped_tiles(blocks: BlockList, seq_k: int, tiles: int, tile_k: int) -> tu
     log_counts = torch.empty(*shape, tiles * tile_k, dtype=torch.float32, device=device)
     skipped = torch.empty(*shape, tiles, dtype=torch.int32, device=device)
     skipped_counts = torch.empty(shape, dtype=torch.int32, device=device)
-    steps = blocks.indices.shape[-1].bit_length()  # bisections that settle a list of this width
     launch_kernel(
         skipped_tiles_kernel, (shape[2], shape[1], shape[0]),
         blocks.indices, blocks.counts, log_counts, skipped, skipped_counts,
         *blocks.indices.stride(), *blocks.counts.stride(),
-        k_blocks, tiles, steps, math.log2(blocks.block_k), math.log2(seq_k - (k_blocks - 1) * blocks.block_k),
+        k_blocks, tiles, look_up_steps(blocks.indices),
+        math.log2(blocks.block_k), math.log2(seq_k - (k_blocks - 1) * blocks.block_k),
         TILE_K=tile_k, CHUNK=LOOKED_UP, num_warps=LOOK_UP_WARPS,
     )  # fmt: skip
     return log_counts, skipped, skipped_counts

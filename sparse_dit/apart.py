@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from einops import rearrange
 
-from sparse_dit.kernels.gather import scatter_tokens
+from sparse_dit.kernels.gather import in_token_order
 from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.kernels.ordered import in_order
 from sparse_dit.orders import Clusters, Rows
@@ -67,9 +67,7 @@ def attend_chosen(
         done = attend(q, k, v, chosen.blocks, order=chosen.table, ordered=ordered)
     else:
         # Summaries are made of keys in the order of the queries.
-        found = attend(*ordered, chosen.blocks)
-        done = found[0].new_empty(found[0].shape), torch.empty_like(found[1])
-        done = scatter_tokens(found[0], chosen.table, done[0]), scatter_tokens(found[1], chosen.table, done[1])
+        done = in_token_order(*attend(*ordered, chosen.blocks), chosen.table)
     out, lse = (rearrange(x, "1 (b h) ... -> b h ...", b=batch) for x in done)
     return out, lse
 

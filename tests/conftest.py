@@ -1,6 +1,9 @@
 """What every test shares: Triton's interpreter where there is no GPU, and fresh memory that is never clean by luck."""
 
+import json
 import os
+import subprocess
+import sys
 
 import torch
 
@@ -87,3 +90,27 @@ def mini_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mini-wan")
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def printed_by(tmp_path: Path) -> Callable[..., list[Any]]:
+    """Runs a program of the tests for which Triton compiles, and returns what it prints, a line of JSON each.
+
+    It runs apart from the tests' process: Triton reads TRITON_INTERPRET once, when a kernel is defined. Programs import
+    what lies beside the kernels' tests.
+    """
+
+    def run(program: Path, *arguments: str) -> list[Any]:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        path = [str(Path(__file__).with_name("kernels")), *filter(None, [environment.get("PYTHONPATH")])]
+        done = subprocess.run(
+            [sys.executable, program, *arguments],
+            env=environment | {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(tmp_path / "triton")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return run

@@ -8,6 +8,7 @@ kernels of both sides are replaced by ones that return at once, and what is left
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from sparse_dit.engine import Run
-from sparse_dit.eval.results import append_row, device_of, provenance, to_json
+from sparse_dit.eval.results import append_row, command_line, device_of, provenance, to_json
 from sparse_dit.kernels import host
 from sparse_dit.layout import TokenLayout
 from sparse_dit.processors import Installed
@@ -143,7 +144,7 @@ def main() -> None:
         "beyond_us": beyond,
         "shape": {"grid": GRID, "heads": HEADS, "head_size": HEAD_SIZE},
         "device": device_of(device, dtype),
-        "command": "python -m sparse_dit.eval.bench.host" + (f" --rows {options.rows.name}" if options.rows else ""),
+        "command": command_line("python -m sparse_dit.eval.bench.host", sys.argv[1:]),
         **provenance(),
     }
     print(to_json(row))

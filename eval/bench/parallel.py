@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sparse_dit.eval.results import Row, append_row, device_of, provenance, to_json
+from sparse_dit.eval.results import Row, append_row, command_line, device_of, provenance, to_json
 from sparse_dit.parallel import shards_of
 from sparse_dit.pipelines.patch import disable, enable, summary
 
@@ -296,7 +296,7 @@ def main() -> None:
             **measured,
             "seconds": time.monotonic() - trial.begun,
             "device": device_of(device, dtype),
-            "command": " ".join(["python -m sparse_dit.eval.bench.parallel", *sys.argv[1:]]),
+            "command": command_line("python -m sparse_dit.eval.bench.parallel", sys.argv[1:]),
             **provenance(),
         }
         print(to_json(row))

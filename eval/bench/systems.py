@@ -13,7 +13,6 @@ apart, also spread over the sparse calls of a run of 50 steps as published.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -268,7 +267,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     clock: Clock = CudaClock(device, repeat_ms=20.0, warmup_ms=5.0) if gpu else HostClock(1)
-    command = shlex.join(["python", "-m", "sparse_dit.eval.bench.systems", *sys.argv[1:]])
+    command = results.command_line("python -m sparse_dit.eval.bench.systems", sys.argv[1:])
     dtype = torch.bfloat16 if gpu else torch.float32
     for row in rows(options.systems, shapes, clock, device, dtype, command):
         results.append_row(options.out, row)

@@ -1,9 +1,5 @@
 """Whole calls bind, compile and launch on sm_90, on a machine that has no GPU."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 SECOND_PASS = ["means_kernel", "skipped_tiles_kernel", "summary_kernel"]
@@ -37,18 +33,8 @@ def expected(precision: str, ordered: bool, skipped: str, backend: str) -> list[
     return [*before, "hopper_forward_kernel", *SECOND_PASS * summary]
 
 
-def test_calls_launch_what_their_kernels_take(tmp_path):
-    # Apart from the other tests' process: Triton reads TRITON_INTERPRET once, when a kernel is defined.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("launch_offline.py")],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    made = [json.loads(line) for line in run.stdout.splitlines()]
+def test_calls_launch_what_their_kernels_take(printed_by):
+    made = printed_by(Path(__file__).with_name("launch_offline.py"))
     calls, choices = [row for row in made if "backend" in row], [row for row in made if "choice" in row]
     assert len(calls) == 10
     for row in calls:

@@ -1,9 +1,5 @@
 """Attention calls of presets choose, compile and launch on sm_90, on a machine that has no GPU."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 # What a call launches at a refresh; what is found once for a layout or a list is left out.
@@ -38,30 +34,12 @@ KEPT = {
 ONCE = {"rank_rows"}
 
 
-def calls(cache: Path) -> dict[str, list[tuple[str, list[str]]]]:
-    """The backend of each preset's three calls, as told, and their kernels."""
-    kernels = Path(__file__).parents[1] / "kernels"
-    # Apart from the other tests' process: Triton reads TRITON_INTERPRET once, when a kernel is defined.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = os.pathsep.join([str(kernels), *filter(None, [environment.get("PYTHONPATH")])])
-    run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("launch_presets.py"), *HOPPER, *ELSEWHERE, *KEPT],
-        env=environment | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+def test_calls_of_presets_launch_what_they_should(printed_by):
+    """One test: what takes long is compiling, once for all presets."""
     found: dict[str, list[tuple[str, list[str]]]] = {}
-    for row in map(json.loads, run.stdout.splitlines()):
+    for row in printed_by(Path(__file__).with_name("launch_presets.py"), *HOPPER, *ELSEWHERE, *KEPT):
         listed = [kernel for kernel in row["kernels"] if kernel not in ONCE]
         found.setdefault(row["preset"], []).append((row["backend"], listed))
-    return found
-
-
-def test_calls_of_presets_launch_what_they_should(tmp_path):
-    """One test: what takes long is compiling, once for all presets."""
-    found = calls(tmp_path)
     for preset, kernels in HOPPER.items():
         assert found[preset][1:] == [("hopper", kernels)] * 2, preset
     for preset, kernels in ELSEWHERE.items():
