@@ -116,7 +116,7 @@ def digit_kernel(
     shift = _shift(i_digit, BITS)
     m_digit = o_digit < (1 << (32 - i_digit * BITS - shift))
     b_bound = bound + (tl.where(m_digit, o_digit, 0) << shift)
-    b_total = tl.zeros([CHUNK, DIGITS], tl.int64 if MASS else tl.int32)
+    b_total = tl.zeros([DIGITS, CHUNK], tl.int64 if MASS else tl.int32)  # a thread has its numbers for all digits
     b_own = tl.zeros([CHUNK], tl.int64)
     first = tl.program_id(0) * TILE
     for start in range(first, tl.minimum(first + TILE, size), CHUNK):
@@ -126,14 +126,14 @@ def digit_kernel(
             p_scores, p_excluded, p_low, p_high, i_pool, o, m, size, columns, e_pool, e_row, e_column, MASS, EXCLUDED
         )
         b_key = tl.where(m & (m_out == 0), _key(b_score), LOWEST)
-        m_reaches = (b_key[:, None] >= b_bound[None, :]) & (b_key > LOWEST)[:, None]
+        m_reaches = (b_key[None, :] >= b_bound[:, None]) & (b_key > LOWEST)[None, :]
         if MASS:
             b_weight = (b_score.to(tl.float64) * ONE).to(tl.int64)
-            b_total += tl.where(m_reaches, b_weight[:, None], 0)
+            b_total += tl.where(m_reaches, b_weight[None, :], 0)
             b_own += tl.where(m & m_out, b_weight, 0)
         else:
             b_total += m_reaches.to(tl.int32)
-    b_sum = tl.sum(b_total, 0).to(tl.int64)
+    b_sum = tl.sum(b_total, 1).to(tl.int64)
     tl.atomic_add(p_totals + i_digit * DIGITS + o_digit, b_sum, mask=m_digit & (b_sum > 0), sem="relaxed")
     if MASS:
         tl.atomic_add(p_totals + digits * DIGITS, tl.sum(b_own, 0), mask=i_digit == 0, sem="relaxed")
