@@ -385,7 +385,7 @@ def hopper_forward_kernel(
         [
             (_attend, (tiles, b_biases, rings, turns, lists, scales, rows, ends, 0, PARTS, ORDERED, SUMMARY)),
             (_attend, (tiles, b_biases, rings, turns, lists, scales, rows, ends, 1, PARTS, ORDERED, SUMMARY)),
-            (produce, (copied, summaries, rings, lists, (i_b, i_h), PARTS, SUMMARY)),
+            (produce, (copied, summaries, rings, lists, (i_b, i_h, i_block), PARTS, SUMMARY)),
         ],
         [4, 1],
         [240, 24],

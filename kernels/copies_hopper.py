@@ -33,20 +33,20 @@ def copy_block(d_x, i_b, i_h, start, full, b_x, part):
 
 
 @gluon.jit
-def produce(tiles, summaries, rings, lists, place, PARTS: gl.constexpr, SUMMARY: gl.constexpr):
+def produce(tiles, summaries, rings, lists, row, PARTS: gl.constexpr, SUMMARY: gl.constexpr):
     """The producer: all tiles of a program in the order in which they are consumed."""
-    load_tiles(tiles, rings, lists, place, PARTS)
+    load_tiles(tiles, rings, lists, row, PARTS)
     if SUMMARY:
-        load_means(summaries, tiles, rings, lists, place, PARTS)
+        load_means(summaries, tiles, rings, lists, row, PARTS)
 
 
 @gluon.jit
-def load_tiles(tiles, rings, lists, place, PARTS: gl.constexpr):
+def load_tiles(tiles, rings, lists, row, PARTS: gl.constexpr):
     """Copies the listed blocks, the last ones first, as stages become free."""
     d_k, d_v, b_k, b_v = tiles
     _, k_full, k_empty, v_full, v_empty = rings
     p_indices, i_index, blocks, _, _ = lists
-    i_b, i_h = place
+    i_b, i_h, _ = row
     STAGES: gl.constexpr = b_k.shape[0]
     BLOCK_K: gl.constexpr = d_k.block_shape[2]
     K_BYTES: gl.constexpr = b_k.shape[3] * b_k.shape[4] * b_k.dtype.primitive_bitwidth // 8
@@ -75,16 +75,18 @@ def load_tiles(tiles, rings, lists, place, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def load_means(summaries, tiles, rings, lists, place, PARTS: gl.constexpr):
+def load_means(summaries, tiles, rings, lists, row, PARTS: gl.constexpr):
     """Goes on with the means of all blocks, TILE a stage, and what is added to the scores of each.
 
+    Where tiles of means are many, rows start at different ones: all multiprocessors at the same one would wait for the
+    same lines of L2.
     Means of a kernel that may still run (programmatic dependent launch): from here on it is waited for.
     """
     d_keys, d_values, b_biases, key_blocks, log_whole, log_last = summaries
     _, _, b_k, b_v = tiles
     _, k_full, k_empty, v_full, v_empty = rings
     p_indices, i_index, blocks, means, _ = lists
-    i_b, i_h = place
+    i_b, i_h, i_block = row
     STAGES: gl.constexpr = b_k.shape[0]
     TILE_K: gl.constexpr = b_k.shape[3]
     BYTES: gl.constexpr = TILE_K * b_k.shape[4] * b_k.dtype.primitive_bitwidth // 8
@@ -93,10 +95,14 @@ def load_means(summaries, tiles, rings, lists, place, PARTS: gl.constexpr):
     o_lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     # One block a thread at a time, and a number that the compiler does not see: the producer has few registers.
     words = gl.inline_asm_elementwise("mov.b32 $0, 4;", "=r", [], gl.int32, is_pure=False, pack=1)
+    i_mean = 0
     place = 0  # in the list, of its first entry that is still to come
-    for i_mean in range(means):
-        stage = (count + i_mean) % STAGES
-        phase = ((count + i_mean) // STAGES) & 1
+    if means > 2:
+        i_mean = i_block % means
+        place = _first_from(i_mean * TILE_K, p_indices, i_index, blocks)
+    for i_tile in range(count, count + means):
+        stage = i_tile % STAGES
+        phase = (i_tile // STAGES) & 1
         mbarrier.wait(k_empty.index(stage), phase ^ 1)
         for word in range(words):
             first = i_mean * TILE_K + word * 32
@@ -113,3 +119,21 @@ def load_means(summaries, tiles, rings, lists, place, PARTS: gl.constexpr):
         mbarrier.wait(v_empty.index(stage), phase ^ 1)
         mbarrier.expect(v_full.index(stage), BYTES)
         copy_block(d_values, i_b, i_h, i_mean * TILE_K, v_full.index(stage), b_v.index(stage), 0)
+        i_mean += 1
+        if i_mean == means:
+            i_mean = 0
+            place = 0
+
+
+@gluon.jit
+def _first_from(block, p_indices, i_index, blocks):
+    """The place of the first entry of a list that is no less than a block, by bisection."""
+    low = 0
+    high = blocks
+    while low < high:
+        middle = (low + high) // 2
+        if gl.load(p_indices + middle * i_index) < block:
+            low = middle + 1
+        else:
+            high = middle
+    return low
