@@ -19,15 +19,16 @@ def band_errors(
 
     error_m = sum over rows and channels of (out_m - out)^2, out softmax attention over all keys, out_m that over the
     keys that band m leaves: what head typing by sampled rows compares (Sparse VideoGen, arXiv 2502.01776). Tokens have
-    a unit for each band; a row sees the keys less than `reach` units away, and what a unit of -1 says.
+    a unit for each band; a row sees the keys that are not `reach` units away or farther. NaN is at no distance: a query
+    of unit NaN sees every key, and a key of unit NaN is seen by every query.
 
     One pass over k and v for all bands. Floor: the bytes of k and v once.
 
     Args:
         q, k, v: [B, H, S, D], fp16, bf16 or fp32, any strides.
         rows: int64 [R], ids of the queries; they may repeat.
-        own: int32 [M, S], the units of tokens as queries; a query of unit -1 sees every key.
-        keys: int32 [M, S], the units of tokens as keys; a key of unit -1 is seen by every query.
+        own: fp32 [M, S], the units of tokens as queries, whole numbers or NaN.
+        keys: fp32 [M, S], the units of tokens as keys.
         reach: units, 0 or more. Where a band leaves a row no key, it gets zeros.
         scale: positive factor on the scores.
 
@@ -48,8 +49,7 @@ def band_errors(
 
 def seen_keys(own: Tensor, keys: Tensor, reach: int) -> Tensor:
     """Which keys queries see under each band, bool [M, R, S], by their units [M, R] and [M, S]; see `band_errors`."""
-    near = (own[..., None] - keys[:, None]).abs() < reach
-    return near | (own < 0)[..., None] | (keys < 0)[:, None]
+    return ~((own[..., None] - keys[:, None]).abs() >= reach)
 
 
 def torch_rows(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, scale: float) -> Tensor:
@@ -84,9 +84,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, own: Tensor, keys: Ten
             f"on {q.device}"
         )
     for name, units in (("own", own), ("keys", keys)):
-        if units.dtype is not torch.int32 or units.shape != (len(own), q.shape[2]) or units.device != q.device:
+        if units.dtype is not torch.float32 or units.shape != (len(own), q.shape[2]) or units.device != q.device:
             raise ValueError(
-                f"{name}: {units.dtype} {list(units.shape)} on {units.device}; valid: torch.int32 "
+                f"{name}: {units.dtype} {list(units.shape)} on {units.device}; valid: torch.float32 "
                 f"[bands, {q.shape[2]}] on {q.device}, alike for queries and keys"
             )
     if reach < 0:

@@ -31,10 +31,9 @@ def _added(b_weight, b_v, b_decay, b_sum, b_out, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _seen(b_own, b_key, reach):
-    """Which keys of a tile rows see by their units."""
-    b_away = tl.abs(b_own[:, None] - b_key[None, :])
-    return (b_away < reach) | (b_own < 0)[:, None] | (b_key < 0)[None, :]
+def _part(b_weight, b_own, b_key, reach):
+    """Weights of the keys of a tile that rows see by their units; NaN is nowhere too far away."""
+    return tl.where(tl.abs(b_own[:, None] - b_key[None, :]) >= reach, 0.0, b_weight)
 
 
 @triton.jit
@@ -100,6 +99,9 @@ def rows_kernel(
     b_sum_near, b_out_near, b_sum_far, b_out_far = b_sum, b_out, b_sum, b_out
     o_value = i_value * VALUES + tl.arange(0, VALUES)
     first = i_span * span
+    o_s = first + tl.arange(0, TILE)
+    b_key_near = tl.load(p_keys + o_s, mask=o_s < seq, other=0.0)
+    b_key_far = tl.load(p_keys + seq + o_s, mask=o_s < seq, other=0.0)
     for start in range(first, tl.minimum(first + span, seq), TILE):
         o_s = start + tl.arange(0, TILE)
         m_s = o_s < seq
@@ -113,12 +115,13 @@ def rows_kernel(
         b_decay = tl.exp2((b_max - b_new) * scale)
         b_max = b_new
         b_sum, b_out = _added(b_weight, b_v, b_decay, b_sum, b_out, PRECISION)
-        m_seen = _seen(b_near, tl.load(p_keys + o_s, mask=m_s, other=0), reach)
-        b_part = tl.where(m_seen, b_weight, 0.0)
+        b_part = _part(b_weight, b_near, b_key_near, reach)
         b_sum_near, b_out_near = _added(b_part, b_v, b_decay, b_sum_near, b_out_near, PRECISION)
-        m_seen = _seen(b_far, tl.load(p_keys + seq + o_s, mask=m_s, other=0), reach)
-        b_part = tl.where(m_seen, b_weight, 0.0)
+        b_part = _part(b_weight, b_far, b_key_far, reach)
         b_sum_far, b_out_far = _added(b_part, b_v, b_decay, b_sum_far, b_out_far, PRECISION)
+        # Units of the next tile are under way meanwhile: no product waits for them as it does for k and v.
+        b_key_near = tl.load(p_keys + o_s + TILE, mask=o_s + TILE < seq, other=0.0)
+        b_key_far = tl.load(p_keys + seq + o_s + TILE, mask=o_s + TILE < seq, other=0.0)
     o_part = (i_bh.to(tl.int64) * tl.num_programs(1) + i_span) * rows + o_r
     parts = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * rows
     tl.store(p_max + o_part, b_max * scale, mask=m_r)
@@ -189,7 +192,7 @@ def triton_band_errors(
     with device_of(q):
         launch_kernel(
             rows_kernel, (cdiv(head_size, VALUES), spans, batch * heads),
-            q, k, v, rows, own, keys, out, peak, weight, scale * math.log2(math.e), reach,
+            q, k, v, rows, own, keys, out, peak, weight, scale * math.log2(math.e), float(reach),
             *pieces(q), *pieces(k), *pieces(v), heads, len(rows), seq, span, **fixed,
             num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=True,
         )  # fmt: skip

@@ -48,8 +48,8 @@ class ProfileUnits(NamedTuple):
     """SVG's two profiling masks, spatial and temporal, as `kernels.rows.band_errors` takes them.
 
     Attributes:
-        own: int32 [2, length], the unit of each token as a query; -1 where it sees every key.
-        keys: int32 [2, length], likewise as a key; -1 where every query sees it.
+        own: fp32 [2, length], the unit of each token as a query; NaN where it sees every key.
+        keys: fp32 [2, length], likewise as a key; NaN where every query sees it.
         reach: a query sees keys less than so many units away.
     """
 
@@ -80,8 +80,8 @@ def profile_units(
     token = torch.arange(layout.length, device=time_major.device)
     position = torch.stack([token, torch.empty_like(token).scatter_(0, time_major, token)]) - layout.text_before
     is_text = (position[0] < 0) | (position[0] >= layout.video_tokens)
-    own = (position // ROUNDED_TO).int().masked_fill(is_text, -1)
-    keys = own.masked_fill(position < sink_frames * layout.frame_tokens, -1)
+    own = (position // ROUNDED_TO).float().masked_fill(is_text, torch.nan)
+    keys = own.masked_fill(position < sink_frames * layout.frame_tokens, torch.nan)
     return ProfileUnits(own, keys, math.floor(frames * layout.frame_tokens / ROUNDED_TO))
 
 

@@ -19,8 +19,6 @@ POINTERS = {
     "p_k": "*bf16",
     "p_v": "*bf16",
     "p_rows": "*i64",
-    "p_own": "*i32",
-    "p_keys": "*i32",
     "p_order": "*i64",
     "p_q_order": "*i64",
     "p_k_order": "*i64",
@@ -30,6 +28,7 @@ POINTERS = {
     "p_x": "*bf16",
     "p_means": "*bf16",
     "scale": "fp32",
+    "reach": "fp32",
 }
 # head size, parts of a query and of a key block, reduction
 SCORES = ((256, 8, 4, "logsumexp"), (128, 8, 4, "logsumexp"), (72, 2, 1, "logsumexp"))

@@ -21,9 +21,9 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> Ten
 def units(seq: int, apart: int) -> tuple[Tensor, Tensor]:
     """Of runs of tokens, and of every n-th token; the first keys are seen by all, and the last query sees all."""
     token = torch.arange(seq, dtype=torch.int32)
-    own = torch.stack([token // apart, token % -(-seq // apart)])
+    own = torch.stack([token // apart, token % -(-seq // apart)]).float()
     keys = own.clone()
-    keys[:, :2], own[:, -1] = -1, -1
+    keys[:, :2], own[:, -1] = torch.nan, torch.nan
     return own.to(DEVICE), keys.to(DEVICE)
 
 
@@ -66,7 +66,7 @@ def test_errors_are_those_of_whole_softmax(
 @pytest.mark.parametrize("compute", [band_errors, triton], ids=["torch", "triton"])
 def test_a_row_without_a_key_in_a_band_gets_zeros_there(compute: Callable[..., Tensor]) -> None:
     q, k, v = (drawn(1, 1, 40, 64, seed=seed) for seed in range(3))
-    token = torch.arange(40, dtype=torch.int32, device=DEVICE)
+    token = torch.arange(40, dtype=torch.float32, device=DEVICE)
     own, keys = torch.stack([token, token]), torch.stack([token, token + 1000])
     picked = torch.tensor([3, 20], device=DEVICE)
     found = compute(q, k, v, picked, own, keys, 100, scale=0.125)
@@ -77,12 +77,12 @@ def test_a_row_without_a_key_in_a_band_gets_zeros_there(compute: Callable[..., T
 
 def test_bad_arguments_are_refused() -> None:
     q, k = torch.zeros(1, 2, 9, 64), torch.zeros(1, 2, 8, 64)
-    picked, token = torch.arange(4), torch.zeros(2, 9, dtype=torch.int32)
+    picked, token = torch.arange(4), torch.zeros(2, 9)
     with pytest.raises(ValueError, match=r"^k: torch.float32 \[1, 2, 8, 64\] on cpu; valid: torch.float32 \[1, 2, 9"):
         band_errors(q, k, q, picked, token, token, 1, scale=1.0)
     with pytest.raises(ValueError, match=r"^rows: torch.int32 \[4\] on cpu; valid: torch.int64 \[rows\]"):
         band_errors(q, q, q, picked.int(), token, token, 1, scale=1.0)
-    with pytest.raises(ValueError, match=r"^keys: torch.int32 \[2, 8\] on cpu; valid: torch.int32 \[bands, 9\]"):
+    with pytest.raises(ValueError, match=r"^keys: torch.float32 \[2, 8\] on cpu; valid: torch.float32 \[bands, 9\]"):
         band_errors(q, q, q, picked, token, token[:, 1:], 1, scale=1.0)
     with pytest.raises(ValueError, match=r"^reach: -1; valid: 0 or more units"):
         band_errors(q, q, q, picked, token, token, -1, scale=1.0)
