@@ -72,4 +72,4 @@ def recall_id(
 ) -> str:
     """The `id` of a row of `mask_recall`; arguments as there."""
     asked = [asking(pipe, request) for request in requests]
-    return results.identity(model=model, recipe=recipe.to_dict(), asked=asked, looked_at=list(steps), rows=rows)
+    return results.identity(model=model, recipe=recipe.computed(), asked=asked, looked_at=list(steps), rows=rows)

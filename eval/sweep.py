@@ -125,7 +125,7 @@ def reason(error: BaseException) -> str:
 
 def row_id(pipe: "DiffusionPipeline", model: str, recipe: Recipe, request: Request) -> str:
     """What identifies a recipe's row of a request; the batch does not, as it changes a row by rounding only."""
-    return results.identity(model=model, recipe=recipe.to_dict(), **asking(pipe, request))
+    return results.identity(model=model, recipe=recipe.computed(), **asking(pipe, request))
 
 
 def grid(recipe: Recipe, densities: Sequence[float], dense_fractions: Sequence[float], steps: int) -> list[Recipe]:

@@ -246,7 +246,7 @@ class Tuner:
     def _cost_id(self, recipe: Recipe) -> str:
         """Recipes that differ in what stays dense cost the same a call."""
         schedule = replace(recipe.schedule, dense_steps=0, dense_above=1.0, dense_layers=())
-        plain = replace(recipe, schedule=schedule).to_dict()
+        plain = replace(recipe, schedule=schedule).computed()
         asked = asking(self.pipe, replace(self.request, prompt=""))
         return results.identity(model=self.model, recipe=plain, device=self.device, **{**asked, "seed": None})
 

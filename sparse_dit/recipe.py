@@ -166,6 +166,10 @@ class Recipe:
             **limit,
         }
 
+    def computed(self) -> dict[str, Any]:
+        """`to_dict` by which results are told apart: without what is only said of a recipe (source, licence, note)."""
+        return {name: value for name, value in self.to_dict().items() if name not in ("source", "licence", "note")}
+
     def to_yaml(self) -> str:
         """The recipe as a YAML document; `load_recipe` reads it back from a file."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,14 @@ def test_batches_give_the_rows_of_single_runs_and_resume(pipe, tmp_path: Path) -
     assert [row["id"] for row in rows_of(pipe, out, 2)] == [lost["id"]]
     assert out.read_text().splitlines()[:5] == lines
     assert rows_of(pipe, out, 3) == []
+
+
+def test_what_is_only_said_of_a_recipe_makes_no_row_anew(pipe, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    said = {"note": "said otherwise", "source": "another", "licence": "MIT"}
+    assert len(list(sweep(pipe, "mini", RECIPES[:1], PROMPTS[:1], REQUEST, out))) == 1
+    assert list(sweep(pipe, "mini", [replace(RECIPES[0], **said)], PROMPTS[:1], REQUEST, out)) == []
+    assert len(list(sweep(pipe, "mini", [replace(RECIPES[0], block_q=64)], PROMPTS[:1], REQUEST, out))) == 1
 
 
 def test_what_fails_is_named_and_the_rest_goes_on(pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
