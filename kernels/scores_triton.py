@@ -130,6 +130,10 @@ class Launch:
     num_stages: int
 
 
+BLOCKS = Launch(tile_q=32, columns=32, num_warps=4, num_stages=1)
+"""For means of whole blocks, in fp32: no matrix units, and few products."""
+
+
 def launch_for(head_size: int, per_k: int) -> Launch:
     """Pinned launch settings: a table, no timing. Registers bound the parts of keys: sums of more would spill."""
     return Launch(tile_q=64, columns=64 if head_size > 128 or per_k < 4 else 128, num_warps=4, num_stages=2)
