@@ -36,13 +36,18 @@ class Launcher:
         _, _, _, *values = rest  # metadata and hooks
         kernel, signature = self.source.fn.__name__, list(self.source.signature.items())
         assert len(values) == len(signature), f"{kernel}: {len(values)} arguments; valid: {len(signature)}"
-        told = []
+        told, addresses = [], []
         for (name, declared), value in zip(signature, values, strict=True):
             if declared == "constexpr":
                 continue
             assert kind_of(value) == wanted(declared), f"{kernel}: {name} is {kind_of(value)}; valid: {declared}"
             told.append(told_of(value) if not declared.startswith("*") else "address")
-        launched.append({"kernel": kernel, "grid": (x, y, z), "dependent": self.dependent, "arguments": told})
+            if declared.startswith("*") or hasattr(value, "block_shape"):
+                tensor = getattr(value, "base", value)
+                addresses.append(tensor if isinstance(tensor, int) else tensor.data_ptr())
+        launched.append(
+            {"kernel": kernel, "grid": (x, y, z), "dependent": self.dependent, "arguments": told, "at": addresses}
+        )
 
 
 def told_of(value: Any) -> Any:
