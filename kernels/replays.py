@@ -182,10 +182,12 @@ class Replays:
         found = self._calls.get(key, 0)
         if isinstance(found, Recording):
             return _replayed(cast(Recording[T], found), inputs, compute)
-        if found == 0 or found > TRIES:
+        if found > TRIES:
+            return compute()
+        if found == 0:
             if len(self._calls) >= LIMIT:
                 self._calls.clear()
-            self._calls.setdefault(key, 1)
+            self._calls[key] = 1
             return compute()
         result, recording = _recorded(inputs, compute)
         self._calls[key] = recording or found + 1
@@ -194,8 +196,11 @@ class Replays:
 
 def _is_plain(inputs: Sequence[Tensor]) -> bool:
     """Whether tensors have memory on a GPU, and nobody looks at operators or launches on their way."""
-    if not inputs[0].is_cuda or any(type(x) is not Tensor for x in inputs):
+    if not inputs[0].is_cuda:
         return False
+    for x in inputs:
+        if type(x) is not Tensor:
+            return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     from sparse_dit.kernels.launches import is_watched
@@ -223,7 +228,7 @@ def _replayed(recording: Recording[T], inputs: Sequence[Tensor], compute: Callab
             return recording.replay(inputs, driver.active.get_current_stream)
         except torch.OutOfMemoryError:
             pass
-    # Nothing was launched. Python tells what was needed, or does with less at once.
+    # Python tells what was needed, or does with less at once.
     return compute()
 
 
