@@ -1,7 +1,9 @@
 """Calls that come again do the same work on other memory, or are computed as before."""
 
+import copy
 import ctypes
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -11,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime import driver
 
+from sparse_dit.engine import Run
 from sparse_dit.kernels import replays
 from sparse_dit.kernels.launches import Known
 from sparse_dit.kernels.recorder import noting
 from sparse_dit.kernels.replays import Recording, Replays
+from sparse_dit.recipe import load_recipe
 
 SIZE = 8
 
@@ -286,6 +290,27 @@ def test_an_error_while_noting_passes_and_ends_it():
     with pytest.raises(RuntimeError, match=r"^broken$"):
         again(compute, [numbers(0)], calls)
     assert noting.recorder is None
+
+
+def test_threads_share_calls_and_no_memory():
+    def compute(x, y):
+        half, out = torch.empty(SIZE), torch.empty(SIZE)
+        launch(x, y, half, 3.0)
+        launch(half, x, out)
+        return Result(out)
+
+    calls, inputs = Replays(), [numbers(start, 7 * start) for start in range(64)]
+    with ThreadPoolExecutor(4) as pool:
+        made = [pool.submit(calls.call, None, given, functools.partial(compute, *given)) for given in inputs]
+        results = [each.result() for each in made]
+    assert kinds(calls) == [Recording]
+    for (x, y), result in zip(inputs, results, strict=True):
+        assert torch.equal(result.out, 2 * x + 3 * y)
+
+
+def test_a_copied_run_notes_calls_of_its_own():
+    run = Run(load_recipe("radial"))
+    assert copy.deepcopy(run)._replays is not run._replays
 
 
 def test_calls_are_bounded(monkeypatch):
