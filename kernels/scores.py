@@ -52,7 +52,7 @@ def part_scores(q: Tensor, k: Tensor, per_q: int, per_k: int, *, scale: float, r
 
 
 def block_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """The scores scale q_i.k_j of means of blocks, in fp32.
+    """The scores scale q_i.k_j of means of blocks, in fp32: 2 QB KB D FLOP a head, 0.4 GFLOP at S = 32,760, H = 12.
 
     Args:
         q: means of blocks of queries, fp32 [B, H, QB, D].
@@ -62,11 +62,10 @@ def block_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     Returns:
         fp32 [B, H, QB, KB].
     """
-    if q.is_cuda and q.shape[-1] in TRITON_HEAD_SIZES:
-        from sparse_dit.kernels.scores_triton import BLOCKS, triton_scores
+    if q.is_cuda:
+        from sparse_dit.kernels.scores_triton import triton_block_scores
 
-        # One launch: torch would take two, and longer to start them.
-        return triton_scores(q, k, 1, 1, scale, "max", BLOCKS)
+        return triton_block_scores(q, k, scale)  # one launch: torch would take two, and longer to start them
     return scale * q @ k.mT
 
 

@@ -1,6 +1,6 @@
 """A GPU of sm_90 that is not there: Triton compiles for it and launches, and nothing runs.
 
-Launches are checked against what the compiled kernels take, and noted in `launched`.
+Launches are checked against what the compiled kernels take, and noted in `launched` and `places`.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from offline import target_of
 from triton.runtime import driver
 
 launched: list[dict[str, Any]] = []
+places: list[list[int]] = []  # where the pointers and boxes of each are
 
 
 def kind_of(value: Any) -> str:
@@ -45,9 +46,8 @@ class Launcher:
             if declared.startswith("*") or hasattr(value, "block_shape"):
                 tensor = getattr(value, "base", value)
                 addresses.append(tensor if isinstance(tensor, int) else tensor.data_ptr())
-        launched.append(
-            {"kernel": kernel, "grid": (x, y, z), "dependent": self.dependent, "arguments": told, "at": addresses}
-        )
+        launched.append({"kernel": kernel, "grid": (x, y, z), "dependent": self.dependent, "arguments": told})
+        places.append(addresses)
 
 
 def told_of(value: Any) -> Any:

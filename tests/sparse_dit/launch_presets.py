@@ -12,7 +12,7 @@ import json
 import sys
 
 import torch
-from absent_gpu import launched
+from absent_gpu import launched, places
 
 from sparse_dit.calls import attend, attend_again
 from sparse_dit.kernels.replays import Recording, Replays
@@ -45,7 +45,8 @@ for owner, made in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_stri
 def told():
     """Launches so far; memory by the order in which it is first seen, wherever it is."""
     seen: dict[int, int] = {}
-    return [{**launch, "at": [seen.setdefault(at, len(seen)) for at in launch["at"]]} for launch in launched]
+    at = [[seen.setdefault(address, len(seen)) for address in addresses] for addresses in places]
+    return [*launched], at
 
 
 def repeated(recipe):
@@ -54,6 +55,7 @@ def repeated(recipe):
     for step in range(20, 24):
         q, k, v = torch.randn(1, LAYOUT.length, 3 * HEADS, HEAD_SIZE).bfloat16().chunk(3, dim=2)
         launched.clear()
+        places.clear()
         options = {"tokens_first": True, "scale": None, "layer": 3, "step": step, "slot": slot}
         done = attend_again(replays, recipe, LAYOUT, q, k, v, **options)
         calls.append((told(), done.backend, done.out.shape, done.out.stride(), type(done.density)))

@@ -5,15 +5,35 @@ from pathlib import Path
 # What a call launches at a refresh; what is found once for a layout or a list is left out.
 HOPPER = {
     "balanced": ["order_means", "scores", "select", "density", "hopper_means", "hopper_forward"],
-    "draft": ["order_means", "scores", *["digit"] * 8, "ties", "taken", "select", "density", "hopper_forward"],
-    "jenga": ["order_means", "scores", "select", "density", "hopper_forward"],
-    "sparge": ["pool", "pool", "scores", "select", "density", "sampled_means", "quantize", "lift", "hopper_forward"],
+    "draft": ["order_means", "block_scores", *["digit"] * 8, "ties", "taken", "select", "density", "hopper_forward"],
+    "jenga": ["order_means", "block_scores", "select", "density", "hopper_forward"],
+    "sparge": [
+        "pool",
+        "pool",
+        "block_scores",
+        "select",
+        "density",
+        "sampled_means",
+        "quantize",
+        "lift",
+        "hopper_forward",
+    ],
     "svg": ["rows", "rows_error", "density", "gather", "hopper_forward"],
-    "svg2": ["order_means", "scores", "select", "density", "hopper_forward"],
+    "svg2": ["order_means", "block_scores", "select", "density", "hopper_forward"],
     "radial": ["hopper_forward"],
 }
 ELSEWHERE = {
-    "sol": ["pool", "pool", "scores", "select", "density", "block_sparse_forward", "means", "skipped_tiles", "summary"],
+    "sol": [
+        "pool",
+        "pool",
+        "block_scores",
+        "select",
+        "density",
+        "block_sparse_forward",
+        "means",
+        "skipped_tiles",
+        "summary",
+    ],
     "subblock": ["parts", "parts", "scores", "select", "density", "block_sparse_forward"],
     "vmoba": ["order_means", *["digit"] * 8, "ties", "taken", "select", "density", "block_sparse_forward"],
 }
