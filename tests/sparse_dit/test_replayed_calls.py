@@ -62,9 +62,7 @@ def first_run(self, *args, grid, warmup, **fixed):
 
 @pytest.fixture
 def device(monkeypatch):
-    """Where tensors lie; fresh memory is not poisoned there, which would be an operator."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
+    """Where tensors lie."""
     if torch.cuda.is_available():
         return "cuda"
     monkeypatch.setattr(triton, "__version__", "3.9.0")
