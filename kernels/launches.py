@@ -20,12 +20,13 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from sparse_dit.kernels.backends import GLUON_VERSIONS
+from sparse_dit.kernels.recorder import noting
 
 LIMIT = 4096
 """Launches that are remembered; then all are forgotten, for a program whose sizes differ in every call."""
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """A compiled kernel, its compile-time arguments, and what starts it without asking it anything."""
 
     compiled: CompiledKernel
@@ -35,7 +36,7 @@ class _Known(NamedTuple):
     packed: Any = None
 
 
-_known: dict[Hashable, _Known] = {}
+_known: dict[Hashable, Known] = {}
 _leading: dict[Callable[..., Any], int] = {}
 _here = nullcontext()
 
@@ -85,6 +86,8 @@ def launch_kernel(kernel: Any, grid: Sequence[int], *args: Any, boxes: Any = (),
     types = tuple(map(type, numbers))
     key = (kernel.fn, device, *kinds, numbers, types, *fixed, *fixed.values())
     known = _known.get(key)
+    if noting.recorder is not None:
+        noting.recorder.note(known, (*grid, 1, 1)[:3], boxes, args[:count], numbers)
     if known is None:
         compiled = kernel[grid](*boxes, *args, **fixed)
         # An interpreted kernel leaves nothing, and compilation in the background leaves another object. On AMD types
@@ -93,7 +96,7 @@ def launch_kernel(kernel: Any, grid: Sequence[int], *args: Any, boxes: Any = (),
             _remember(key, compiled, [fixed[name] for name in kernel.arg_names[len(boxes) + len(args) :]])
         return
     grid = (*grid, 1, 1)[:3]
-    if known.run is None or _is_watched():
+    if known.run is None or is_watched():
         known.compiled[grid](*boxes, *addresses, *numbers, *known.constants)
         return
     stream = driver.active.get_current_stream(device)
@@ -111,7 +114,7 @@ def _tensors_before_numbers(kernel: Any, args: Sequence[Any]) -> int:
     return sum(tensors)
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether somebody, such as a profiler, asked Triton to be told of launches."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
@@ -121,9 +124,9 @@ def _remember(key: Hashable, compiled: CompiledKernel, constants: list[Any]) -> 
     if len(_known) >= LIMIT:
         _known.clear()
     if _is_known_triton():
-        _known[key] = _Known(compiled, constants, compiled.run, compiled.function, compiled.packed_metadata)
+        _known[key] = Known(compiled, constants, compiled.run, compiled.function, compiled.packed_metadata)
     else:
-        _known[key] = _Known(compiled, constants)
+        _known[key] = Known(compiled, constants)
 
 
 @functools.cache

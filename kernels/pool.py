@@ -1,5 +1,7 @@
 """Block means of tokens, and how alike the tokens of a block are."""
 
+import functools
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -75,11 +77,15 @@ def token_means(x: Tensor) -> Tensor:
     """
     if not x.is_cuda:
         return x.mean(dim=2, dtype=torch.float32)
-    tokens = x.shape[2]
-    means = block_means(x, SPAN)
-    counts = torch.full((means.shape[2], 1), SPAN, dtype=torch.float32, device=x.device)
-    counts[-1] = tokens - (means.shape[2] - 1) * SPAN
-    return (means * (counts / tokens)).sum(dim=2)
+    return (block_means(x, SPAN) * _span_shares(x.shape[2], x.device)).sum(dim=2)
+
+
+@functools.lru_cache(maxsize=16)
+def _span_shares(tokens: int, device: torch.device) -> Tensor:
+    """The share of the tokens that each run of SPAN has, fp32 [runs, 1]."""
+    counts = torch.full((-(-tokens // SPAN), 1), SPAN, dtype=torch.float32)
+    counts[-1] = tokens - (len(counts) - 1) * SPAN
+    return (counts / tokens).to(device)
 
 
 def torch_pool(

@@ -11,6 +11,7 @@ from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.density import measured_density
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
+from sparse_dit.kernels.replays import Replays
 from sparse_dit.layout import TokenLayout, text_blocks
 from sparse_dit.orders import Clusters, Order, Rows, inverse
 from sparse_dit.parallel import ALL_HERE, Heads
@@ -189,6 +190,54 @@ def attend(
     recipe.skipped.keep(slot, whole, (out, lse), parts)
     slot.refreshed = step
     return Attended(whole[0], density, True, backend)
+
+
+def attend_again(
+    replays: Replays,
+    recipe: Recipe,
+    layout: TokenLayout,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    tokens_first: bool,
+    scale: float | None,
+    layer: int,
+    step: int,
+    slot: Slot,
+    spread: Heads = ALL_HERE,
+) -> Attended:
+    """`attend`, for calls that come again: where it only launches kernels, their list is kept and launched again.
+
+    Args:
+        replays: of calls by this recipe.
+        q, k, v: [B, S, H, D] where `tokens_first`, like the output then, else [B, H, S, D].
+        recipe, layout, scale, layer, step, slot, spread: as `attend`.
+    """
+
+    def compute() -> Attended:
+        # Not by einops: four of its calls would be a tenth of the host's time.
+        axes_first = (x.transpose(1, 2) if tokens_first else x for x in (q, k, v))
+        done = attend(recipe, layout, *axes_first, scale=scale, layer=layer, step=step, slot=slot, spread=spread)
+        return done._replace(out=done.out.transpose(1, 2)) if tokens_first else done
+
+    kept = _read_again(recipe, step, slot)
+    if kept is None:
+        return compute()
+    settings = (layer if isinstance(recipe.selection, Dynamic) else None, layout, tokens_first, scale, spread.group)
+    return replays.call(settings, (q, k, v, *kept), compute)
+
+
+def _read_again(recipe: Recipe, step: int, slot: Slot) -> tuple[torch.Tensor, ...] | None:
+    """Tensors that a call reads besides q, k and v; `None` where what it does is not the same for all calls alike."""
+    selection = recipe.selection
+    if isinstance(recipe.skipped, Reuse) or isinstance(recipe.order, Clusters):
+        return None
+    if not isinstance(selection, Dynamic) or (selection.repeats and not recipe.schedule.keeps):
+        return ()
+    if not selection.repeats or recipe.schedule.refreshes(step, slot.refreshed) or slot.density is None:
+        return None
+    return (*slot.values(), slot.density)
 
 
 def describe(

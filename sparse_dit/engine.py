@@ -20,8 +20,9 @@ from typing import Any, ClassVar, cast
 import torch
 from einops import rearrange
 
-from sparse_dit.calls import attend, plan
+from sparse_dit.calls import attend, attend_again, plan
 from sparse_dit.forecast import forecast, is_dense
+from sparse_dit.kernels.replays import Replays
 from sparse_dit.layout import TokenLayout
 from sparse_dit.parallel import ALL_HERE, Heads
 from sparse_dit.recipe import Recipe, load_recipe
@@ -58,6 +59,7 @@ class Run:
         self.strict = strict
         self.state = RunState()
         self.tally = Tally(timing)
+        self._replays = Replays()
         self._told: set[str] = set()
         self._affordable: tuple[Any, ...] | None = None
 
@@ -157,18 +159,16 @@ class Run:
                 return dense()
             state, layout = self.state, self.state.layout
             assert layout is not None
-            if axes == TOKENS_FIRST:
-                # Not by einops: four of its calls would be a tenth of the host's time.
-                q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            slot = state.slot(layer, (layout, q.shape, q.dtype, q.device))
-            done = attend(
-                self.recipe, layout, q, k, v, scale=scale, layer=layer, step=state.step, slot=slot, spread=heads
-            )
+            slot = state.slot(layer, (layout, axes, q.shape, q.dtype, q.device))
+            done = attend_again(
+                self._replays, self.recipe, layout, q, k, v, tokens_first=axes == TOKENS_FIRST,
+                scale=scale, layer=layer, step=state.step, slot=slot, spread=heads,
+            )  # fmt: skip
             if done.whole:
                 self.tally.count_dense("refresh", done.backend)
             else:
                 self.tally.count_sparse(done.density, done.backend)
-            return done.out.transpose(1, 2) if axes == TOKENS_FIRST else done.out
+            return done.out
 
     def _check_state(self, q: torch.Tensor, heads: Heads) -> None:
         """Raises ValueError when layers would keep more than the recipe allows; q is [B, H, S, D]."""

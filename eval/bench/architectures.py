@@ -58,6 +58,10 @@ class Architecture:
         changes = {**self.tiny, "config": {**self.config, **self.tiny["config"]}}
         return replace(self, timed=(1,) * len(self.blocks), shrunken=True, **changes)
 
+    def with_few_tokens(self) -> "Architecture":
+        """The same model on few video tokens."""
+        return replace(self, latents=self.tiny["latents"])
+
     def inputs(self, device: torch.device, dtype: torch.dtype, seed: int) -> Arguments:
         """Arguments of a forward at half of the noise, on a device."""
         random = torch.Generator(device).manual_seed(seed)

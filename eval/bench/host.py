@@ -7,6 +7,7 @@ kernels of both sides are replaced by ones that return at once, and what is left
 """
 
 import argparse
+import gc
 import statistics
 import sys
 import time
@@ -31,7 +32,7 @@ HEADS, HEAD_SIZE = 1, 64
 CALLS, BATCHES = 100, 15
 BLOCKS = {"block_q": 128, "block_k": 128}
 POOLED = {"selection": {"name": "pooled", "density": 0.5}, **BLOCKS}
-RECIPES: Mapping[str, Mapping[str, Any]] = {
+RECIPES: Mapping[str, Mapping[str, Any] | str] = {
     "dense": {"selection": {"name": "all"}},
     "static": {"selection": {"name": "radial", "density": 0.5}, **BLOCKS},
     "static, int8": {"selection": {"name": "radial", "density": 0.5}, "precision": "int8", **BLOCKS},
@@ -44,6 +45,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "static, summaries": {"selection": {"name": "radial", "density": 0.5}, "skipped": "summary", **BLOCKS},
     "pooled, chosen in every call": POOLED,
     "pooled, kept from an earlier step": {**POOLED, "schedule": {"refresh_every": 10**6}},
+    "balanced": "balanced",
+    "sparge": "sparge",
+    "jenga": "jenga",
 }
 
 
@@ -93,7 +97,7 @@ def without_work(device: torch.device) -> Iterator[None]:
         yield
 
 
-def microseconds(recipes: Sequence[Mapping[str, Any] | None], x: torch.Tensor) -> list[float]:
+def microseconds(recipes: Sequence[Mapping[str, Any] | str | None], x: torch.Tensor) -> list[float]:
     """Host time of a call by each recipe, for `None` of the model's own: the median over batches of calls.
 
     Batches of all take turns, so that what else the machine does meets all alike.
@@ -102,6 +106,8 @@ def microseconds(recipes: Sequence[Mapping[str, Any] | None], x: torch.Tensor) -
     with torch.no_grad():
         calls = [_made(recipe, x) for recipe in recipes]
         times: list[list[float]] = [[] for _ in calls]
+        gc.collect()
+        gc.disable()  # it would meet whom it meets
         for _ in range(BATCHES):
             for call, spent in zip(calls, times, strict=True):
                 if x.is_cuda:
@@ -110,10 +116,11 @@ def microseconds(recipes: Sequence[Mapping[str, Any] | None], x: torch.Tensor) -
                 for _ in range(CALLS):
                     call(x)
                 spent.append((clock() - start) / CALLS * 1e6)
+        gc.enable()
     return [statistics.median(spent[1:]) for spent in times]
 
 
-def _made(recipe: Mapping[str, Any] | None, x: torch.Tensor) -> Attention:
+def _made(recipe: Mapping[str, Any] | str | None, x: torch.Tensor) -> Attention:
     """A layer that has made calls before."""
     attention = Attention()
     if recipe is None:

@@ -119,9 +119,7 @@ class StepBench:
 
     def _numbers(self, subject: Subject, found: Measured, stock: Measured) -> Row:
         ms = found.times.ms
-        told, host = found.told, None
-        if found.host_ms is not None and stock.host_ms is not None:
-            host = (found.host_ms - stock.host_ms) / sum(subject.short) * 1e3
+        told, host = found.told, found.host
         return {
             "status": MEASURED,
             "tokens": subject.layout.length,
@@ -139,9 +137,9 @@ class StepBench:
             "attention_share": None if found.attention_ms is None else found.attention_ms / ms,
             "peak_bytes": found.peak,
             "peak_ratio": found.peak / stock.peak if found.peak and stock.peak else None,
-            "host_ms": found.host_ms,
-            "host_calls": sum(subject.short),
-            "host_us_per_call": host,
+            "host_calls": None if host is None else host.calls,
+            "host_own_us": None if host is None else host.own,
+            "host_us_per_call": None if host is None else host.beyond,
             "density": None if told is None else told.density,
             "backend": None if told is None else told.backend,
             "calls": None if told is None else {"made": told.made, "sparse": told.sparse, "dense": told.dense},

@@ -1,10 +1,12 @@
 """A model on a device, and what one denoising step of it takes."""
 
+import gc
 import statistics
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import attention_backend
@@ -19,27 +21,41 @@ from sparse_dit.pipelines.patch import Summary, disable, enable, summary
 from sparse_dit.recipe import Recipe
 
 HOST_CALLS = 6  # attention calls of the forwards whose host time counts: few, so that launches never wait in the queue
-HOST_RUNS = 3
+HOST_ROUNDS = 5  # of the model's own calls and ours in turn
+HOST_RUNS = 3  # forwards of each in a round that count, and as many before them, in which ours finds out what to launch
 TIMED_MS = 1500.0  # spent in timed steps of a variant, two of them at least
 MOST_RUNS = 10
 
 
 @dataclass
 class Times:
-    """Milliseconds of forwards: until the device was done, and until the host was."""
+    """Milliseconds of forwards, until the device was done."""
 
     device: list[float] = field(default_factory=list)
-    host: list[float] = field(default_factory=list)
 
     @property
     def ms(self) -> float:
-        """The median until the device was done."""
+        """The median."""
         return statistics.median(self.device)
 
+
+class Host(NamedTuple):
+    """Microseconds that the host spends in an attention module of the model: medians over calls.
+
+    Attributes:
+        own: with the model's own attention, projections included, as in `ours`.
+        ours: with a recipe's.
+        calls: of each, so many.
+    """
+
+    own: float
+    ours: float
+    calls: int
+
     @property
-    def host_ms(self) -> float:
-        """The median until the host was done."""
-        return statistics.median(self.host)
+    def beyond(self) -> float:
+        """What ours takes beyond the model's own."""
+        return self.ours - self.own
 
 
 @dataclass
@@ -49,7 +65,7 @@ class Measured:
     Attributes:
         times: of whole steps.
         attention_ms: time in the self-attention calls of a step; `None` where it was not taken.
-        host_ms: host time of a forward of few layers; `None` where it was not taken.
+        host: time of the host in a call; `None` where it was not taken.
         peak: bytes allocated at most, the model included; `None` on a CPU.
         out: what the forward returns.
         told: what the summary says of the whole steps; `None` for the model's own attention.
@@ -57,7 +73,7 @@ class Measured:
 
     times: Times
     attention_ms: float | None
-    host_ms: float | None
+    host: Host | None
     peak: int | None
     out: Tensor
     told: Summary | None
@@ -78,6 +94,7 @@ class Subject:
         self.case, self.device, self.dtype, self.compiled = case, device, dtype, compiled
         self.model = build(case, device, dtype, seed)
         self.arguments = case.inputs(device, dtype, seed)
+        self.brief = case.with_few_tokens().inputs(device, dtype, seed)
         self.layout = layout_of(self.model, self.arguments)
         self.layers = tuple(len(getattr(self.model, name)) for name in case.blocks)
         self.timed = case.timed or self.layers
@@ -100,8 +117,8 @@ class Subject:
         """See `first_layers`."""
         return first_layers(self.model, self.case.blocks, counts)
 
-    def forward(self, times: Times | None = None) -> Tensor:
-        """One forward from an idle device; returns what it predicts."""
+    def forward(self, times: Times | None = None, *, brief: bool = False) -> Tensor:
+        """One forward from an idle device, of few tokens if `brief`; returns what it predicts."""
         on_gpu = self.device.type == "cuda"
         self._wait()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
@@ -109,13 +126,12 @@ class Subject:
             begin = time.perf_counter()
             if on_gpu:
                 events[0].record()
-            (out,) = self.model(**self.arguments, return_dict=False)
+            (out,) = self.model(**(self.brief if brief else self.arguments), return_dict=False)
             if on_gpu:
                 events[1].record()
             host_ms = (time.perf_counter() - begin) * 1e3
         self._wait()
         if times is not None:
-            times.host.append(host_ms)
             times.device.append(events[0].elapsed_time(events[1]) if on_gpu else host_ms)
         assert isinstance(out, Tensor)
         return out
@@ -136,14 +152,12 @@ class Subject:
             with self.layers_run(self.timed):
                 times, out, peak, told = self._steps(recipe)
                 attention_ms = None if self.compiled else self._attention(recipe)
-            host_ms = None if self.compiled or self.short != self.timed else times.host_ms
-            if host_ms is None and not self.compiled:
-                host_ms = self._host(recipe)
+            host = None if self.compiled or recipe is None else self._host(recipe)
         finally:
             disable(self.model)
         if not bool(out.isfinite().all()):
             raise RuntimeError("the output is not finite")
-        return Measured(times, attention_ms, host_ms, peak, out, told)
+        return Measured(times, attention_ms, host, peak, out, told)
 
     def _steps(self, recipe: Recipe | None) -> tuple[Times, Tensor, int | None, Summary | None]:
         """Whole steps after a first one that compiles: times, output, the bytes allocated at most, and the summary."""
@@ -170,16 +184,26 @@ class Subject:
         assert seconds is not None
         return seconds * 1e3
 
-    def _host(self, recipe: Recipe | None) -> float:
-        """Host milliseconds of a forward of few layers."""
-        times = Times()
-        with self.layers_run(self.short):
-            if recipe is not None:
-                enable(self.model, recipe, strict=True)
-            for _ in range(HOST_RUNS):
-                self.forward(times)
-            disable(self.model)
-        return times.host_ms
+    def _host(self, recipe: Recipe) -> Host:
+        """Time of the host in the attention modules, of the model's own calls and of ours in turn.
+
+        Of few tokens: what the host does does not depend on them, and no launch waits for the device.
+        """
+        spent: list[float] = []
+        times: tuple[list[float], list[float]] = [], []
+        with self.layers_run(self.short), _timed(family_of(self.model).attentions(self.model).values(), spent):
+            for _ in range(HOST_ROUNDS):
+                for chosen, taken in zip((None, recipe), times, strict=True):
+                    if chosen is not None:
+                        enable(self.model, chosen, strict=True)
+                    for run in range(2 * HOST_RUNS):
+                        if run == HOST_RUNS:
+                            spent.clear()
+                        self.forward(brief=True)
+                    disable(self.model)
+                    taken += spent
+        own, ours = map(statistics.median, times)
+        return Host(own, ours, len(times[1]))
 
     def check(self, recipe: Recipe, told: Summary, forwards: int) -> None:
         """Raises RuntimeError when calls were not sparse, at another density or on another device than meant."""
@@ -197,3 +221,23 @@ class Subject:
         """The density of a call as it is known beforehand."""
         shape = (1, 1, self.layout.length, 1)
         return forecast(recipe, self.layout, layers=1, branches=1, shape=shape, dtype=self.dtype).density
+
+
+@contextmanager
+def _timed(modules: Iterable[torch.nn.Module], spent: list[float]) -> Iterator[None]:
+    """Inside, every call of a module adds the microseconds that the host was in it; garbage waits."""
+    begun: list[float] = []
+    hooks = []
+    for module in modules:
+        hooks.append(module.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter())))
+        hooks.append(module.register_forward_hook(lambda *_: spent.append((time.perf_counter() - begun.pop()) * 1e6)))
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+        for hook in hooks:
+            hook.remove()

@@ -120,9 +120,12 @@ class Dynamic(ABC):
 
     Attributes:
         needs_lse: whether its first choice for a layer asks for a whole call.
+        repeats: whether what it does follows from q, k and v, the layout and the layer alone, not from the step or the
+            slot; what it keeps is then the block list, and calls alike may repeat its launches (`kernels.replays`).
     """
 
     needs_lse: ClassVar[bool] = False
+    repeats: ClassVar[bool] = False
 
     def orders(self, layout: TokenLayout, layer: int) -> tuple[Order, ...] | None:
         """The orders that the selection itself brings for a layer; `None` leaves the order to the recipe."""

@@ -6,7 +6,7 @@ Source: VMoBA (arXiv 2506.23858, ICLR 2026).
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -46,6 +46,8 @@ class Gate(Dynamic):
     Raises:
         ValueError: a value is out of its range.
     """
+
+    repeats: ClassVar[bool] = True
 
     threshold: float = 0.25
     pool: str = "head"

@@ -86,7 +86,7 @@ def test_models_show_stock_first_and_the_last_row_of_each_variant() -> None:
         plain = {
             "case": "a-model", "variant": variant, "compiled": False, "tiny": False, "status": "measured",
             "ratio": ratio, "tokens": 4608, "layers": [19, 38], "layers_timed": [2, 4], "wanted_density": 0.2,
-            "error": 0.5,
+            "error": 0.5, "host_own_us": 250.0,
             "device": {"name": "a GPU"}, "versions": {"torch": "2", "triton": "3", "diffusers": "0"},
         }  # fmt: skip
         return {**plain, **numbers, **changes}
@@ -100,6 +100,7 @@ def test_models_show_stock_first_and_the_last_row_of_each_variant() -> None:
         row("dense", 1.0, wanted_density=1.0, density=1.0, error=0.0123),
         row("stock", 1.0, **unmeasured),
         row("radial", 3.5, compiled=True, attention_share=None),
+        {name: value for name, value in row("radial-int8", 3.0).items() if name != "host_own_us"},  # as measured before
     ]
     first, _, _, _, *lines = models(rows).splitlines()
     assert first == "a GPU, torch 2, Triton 3, diffusers 0"
@@ -107,6 +108,7 @@ def test_models_show_stock_first_and_the_last_row_of_each_variant() -> None:
         "| a-model | 4,608 | 6 of 57 | stock | 1,234 | 1.00 | 0.25 |  |  |  |  |",
         "| a-model | 4,608 | 6 of 57 | radial | 1,234 | 2.50 | 0.25 | 1.010 | 100 | 0.200 |  |",
         "| a-model | 4,608 | 6 of 57 | dense | 1,234 | 1.00 | 0.25 | 1.010 | 100 | 1.000 | 0.0123 |",
+        "| a-model | 4,608 | 6 of 57 | radial-int8 | 1,234 | 3.00 | 0.25 | 1.010 |  | 0.200 |  |",
         "| a-model, compiled | 4,608 | 6 of 57 | radial | 1,234 | 3.50 |  | 1.010 | 100 | 0.200 |  |",
     ]
     assert models([]) == models(rows[2:4]) == "Not measured yet."

@@ -1,6 +1,6 @@
 """A GPU of sm_90 that is not there: Triton compiles for it and launches, and nothing runs.
 
-Launches are checked against what the compiled kernels take, and noted in `launched`.
+Launches are checked against what the compiled kernels take, and noted in `launched` and `places`.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from offline import target_of
 from triton.runtime import driver
 
 launched: list[dict[str, Any]] = []
+places: list[list[int]] = []  # where the pointers and boxes of each are
 
 
 def kind_of(value: Any) -> str:
@@ -36,13 +37,17 @@ class Launcher:
         _, _, _, *values = rest  # metadata and hooks
         kernel, signature = self.source.fn.__name__, list(self.source.signature.items())
         assert len(values) == len(signature), f"{kernel}: {len(values)} arguments; valid: {len(signature)}"
-        told = []
+        told, addresses = [], []
         for (name, declared), value in zip(signature, values, strict=True):
             if declared == "constexpr":
                 continue
             assert kind_of(value) == wanted(declared), f"{kernel}: {name} is {kind_of(value)}; valid: {declared}"
             told.append(told_of(value) if not declared.startswith("*") else "address")
+            if declared.startswith("*") or hasattr(value, "block_shape"):
+                tensor = getattr(value, "base", value)
+                addresses.append(tensor if isinstance(tensor, int) else tensor.data_ptr())
         launched.append({"kernel": kernel, "grid": (x, y, z), "dependent": self.dependent, "arguments": told})
+        places.append(addresses)
 
 
 def told_of(value: Any) -> Any:

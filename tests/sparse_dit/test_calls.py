@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse_dit.calls import attend, plan
+from sparse_dit.calls import _read_again, attend, plan
 from sparse_dit.engine import HEADS_FIRST, Run
 from sparse_dit.forecast import forecast, whole_steps
 from sparse_dit.layout import TokenLayout
@@ -322,3 +322,38 @@ def test_more_state_than_the_limit_is_refused_before_anything_is_kept() -> None:
         with pytest.raises(ValueError, match=r"^state_limit: .* GiB, and the layers of recipe 'custom' .*; valid: "):
             steps_of(run, ["cond", "uncond"], lambda branch, seed: qkv(seed=seed), LAYOUT, 2)
         assert run.state.nbytes == 0
+
+
+EACH_STEP: dict[str, Any] = {"schedule.dense_steps": 0}
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "names"),
+    [
+        ("radial", EACH_STEP, ()),
+        ("sage2", EACH_STEP, ()),
+        ("balanced", EACH_STEP, ()),
+        ("vmoba", EACH_STEP, ()),
+        ("balanced", {"schedule.refresh_every": 3}, ("blocks", "density")),
+        ("svg", EACH_STEP, None),  # draws rows by the step
+        ("svg2", EACH_STEP, None),  # clusters go on from those of the step before
+        ("adaspa", EACH_STEP, None),
+        ("cached", EACH_STEP, None),
+        ("re-ttention", EACH_STEP, None),
+    ],
+)
+def test_calls_that_come_again_read_what_they_are_said_to(
+    preset: str, changes: dict[str, Any], names: tuple[str, ...] | None
+) -> None:
+    """Nothing at a refresh that is kept; between refreshes what was kept; never what a step or a state decides."""
+    recipe, slot, layout = load_recipe(preset).override(changes), Slot(), TokenLayout((2, 16, 16))
+    first = _read_again(recipe, 5, slot)
+    assert first == (None if names is None or recipe.schedule.keeps else ())
+    q, k, v = torch.randn(3, 1, 2, layout.length, 16)
+    attend(recipe, layout, q, k, v, scale=None, layer=1, step=5, slot=slot)
+    later = _read_again(recipe, 6, slot)
+    assert (later is None) == (names is None)
+    if names:
+        assert later is not None
+        assert [x is kept for x, kept in zip(later, (slot["blocks"], slot.density), strict=True)] == [True, True]
+        assert _read_again(recipe, 8, slot) is None

@@ -1,6 +1,8 @@
 """Whole models in a tiny size: everything runs on a CPU, and nothing that went wrong becomes a number."""
 
 import functools
+import gc
+import itertools
 import math
 import subprocess
 import sys
@@ -22,11 +24,12 @@ from sparse_dit.eval.bench.architectures import (
     first_layers,
 )
 from sparse_dit.eval.bench.models import Request, StepBench, main, run
-from sparse_dit.eval.bench.steps import Measured, Subject, Times
+from sparse_dit.eval.bench.steps import Host, Measured, Subject, Times
 from sparse_dit.eval.bench.variants import VARIANTS, Variant
 from sparse_dit.eval.results import Row, load_rows
 from sparse_dit.forecast import forecast
 from sparse_dit.layout import TokenLayout
+from sparse_dit.recipe import load_recipe
 
 CPU = torch.device("cpu")
 CLASSES = ("wan2.1-14b-720p", "cogvideox-5b-480p", "flux.1-dev-2048px", "hunyuanvideo-720p")
@@ -64,6 +67,7 @@ for name, case in ARCHITECTURES.items():
 @pytest.fixture(autouse=True)
 def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "TIMED_MS", 0.0)
+    monkeypatch.setattr(steps, "HOST_ROUNDS", 1)
     monkeypatch.setattr(steps, "HOST_RUNS", 1)
 
 
@@ -155,11 +159,27 @@ def test_every_class_runs_and_dense_is_stock(name: str, tmp_path: Path) -> None:
         assert row["ratio"] == row["stock_ms"] / row["ms"]
         assert row["stock_ms"] == rows["stock"]["ms"]
         assert row["attention_share"] > 0
+        assert (row["host_calls"], row["host_own_us"] > 0) == (layers, True)
     assert rows["dense"]["error"] < 1e-5
     assert 1e-3 < rows["radial"]["error"] < 1
     assert rows["radial"]["density"] == rows["radial"]["expected_density"] < 0.35
     assert rows["balanced-int8_fp8"]["recipe"]["precision"] == rows["balanced-int8_fp8"]["precision"] == "int8_fp8"
     assert (rows["stock"]["ratio"], rows["stock"]["host_us_per_call"], rows["stock"]["dense"]) == (1.0, None, "sdpa")
+
+
+def test_host_time_is_that_of_the_attention_modules_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Medians of the calls that count, of a clock that goes on by one second a look; nothing is left behind."""
+    monkeypatch.setattr(steps, "HOST_ROUNDS", 3)
+    monkeypatch.setattr(steps, "HOST_RUNS", 2)
+    subject = Subject(WAN_14B.shrunk(), CPU, torch.float32, compiled=False, seed=0)
+    looks = itertools.count()
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: float(next(looks)))
+    found = subject._host(load_recipe("radial").override({"schedule.dense_steps": 0, "schedule.dense_layers": []}))
+    # One layer, two forwards that count in each of three rounds; the clock goes on by one from begin to end of a call.
+    assert found == Host(1e6, 1e6, 6)
+    assert found.beyond == 0.0
+    assert gc.isenabled()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in subject.model.modules())
 
 
 def test_what_is_measured_is_not_measured_again(tmp_path: Path) -> None:
@@ -224,17 +244,17 @@ def test_when_time_is_up_the_rest_is_left_out() -> None:
 
 
 def test_numbers_stand_beside_the_stock_models() -> None:
-    """Stock 8 ms and ours 2, of which 1 in attention; host 3 ms against 3.6 over 6 calls, so 100 us a call."""
+    """Stock 8 ms and ours 2, of which 1 in attention; on the host 250 us against 350."""
     out = torch.zeros(1)
-    stock = Measured(Times([9.0, 7.0], [0.0]), 6.0, 3.0, 1000, out, None)
-    ours = Measured(Times([1.0, 2.0, 9.0], [0.0]), 1.0, 3.6, 1020, out, None)
+    stock = Measured(Times([9.0, 7.0]), 6.0, None, 1000, out, None)
+    ours = Measured(Times([1.0, 2.0, 9.0]), 1.0, Host(250.0, 350.0, 90), 1020, out, None)
     made = SimpleNamespace(
         short=(2, 4), timed=(2, 4), layers=(20, 40), case=COGVIDEOX_5B, layout=TokenLayout((1, 2, 3)),
         model=torch.nn.Linear(3, 2),
     )  # fmt: skip
     row = bench()._numbers(made, ours, stock)  # type: ignore[arg-type]
     assert (row["ratio"], row["attention_share"], row["peak_ratio"], row["parameters"]) == (4.0, 0.5, 1.02, 8)
-    assert row["host_us_per_call"] == pytest.approx(100.0)
+    assert (row["host_us_per_call"], row["host_own_us"], row["host_calls"]) == (100.0, 250.0, 90)
 
 
 def test_compiled_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
