@@ -54,7 +54,9 @@ class Recording(Generic[T]):
     def __init__(self, recorder: Recorder, result: T) -> None:
         returned = recorder.returned(result)
         self.refusal = recorder.refusal
-        self._result = result
+        # Tensors come in their places with each replay; those of the recorded call are let go.
+        self._result = [None if i in returned else each for i, each in enumerate(result)]
+        self._as_result: Callable[[list[Any]], T] = getattr(type(result), "_make", type(result))
         self._kept = recorder.kept
         self._device = recorder.inputs[0].device
         self._given = [(i, start) for i, (start, look) in returned.items() if look is None]
@@ -139,12 +141,12 @@ class Recording(Generic[T]):
                 box = args[i] = object.__new__(kind)
                 box.__dict__.update(fields, base=_Address(starts[start] + offset))
             run(*grid, now, function, packed, None, None, None, *args)
-        result: list[Any] = list(self._result)
+        result: list[Any] = self._result.copy()
         for (i, _), x in zip(self._made, made, strict=True):
             result[i] = x
         for i, number in self._given:
             result[i] = inputs[number]
-        return cast(T, self._result._make(result) if hasattr(self._result, "_make") else tuple(result))
+        return self._as_result(result)
 
 
 def _operate(step: Sequence[Any], tensors: list[Any], starts: list[int]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import functools
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -103,6 +104,21 @@ def again(compute, inputs, calls=None, settings=None):
     calls, counted = calls or Replays(), Counted(compute)
     results = [calls.call(settings, given, functools.partial(counted, *given)) for given in inputs]
     return results, counted.count, calls
+
+
+def test_what_the_recorded_call_returned_is_let_go():
+    def compute(x):
+        out = torch.empty(SIZE)
+        launch(x, x, out)
+        return Result(out)
+
+    calls, made = Replays(), []
+    for start in range(3):
+        out = calls.call(None, numbers(start), functools.partial(compute, *numbers(start))).out
+        made.append(weakref.ref(out))
+        del out
+    assert kinds(calls) == [Recording]
+    assert [one() for one in made] == [None, None, None]
 
 
 def test_the_third_call_is_a_list_of_launches_on_memory_of_its_own():
