@@ -102,8 +102,16 @@ def sampled_means_kernel(
     PART: tl.constexpr,
     NORM: tl.constexpr,
     STEP: tl.constexpr,
+    LEADS: tl.constexpr,
 ):
-    """Means over `taken` tokens at equal distances: of k, rotated, in programs (h, b, 0), of v in (h, b, 1)."""
+    """Means over `taken` tokens at equal distances: of k, rotated, in programs (h, b, 0), of v in (h, b, 1).
+
+    LEADS: the kernel behind it may start at once, and waits for the means by itself.
+    """
+    if LEADS:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], tl.int32, is_pure=False, pack=1
+        )
     k_token, v_token = tl.cast(k_token, tl.int64) * PIECE, tl.cast(v_token, tl.int64) * PIECE
     i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_dim = tl.arange(0, PADDED)
@@ -307,7 +315,7 @@ def means_constants(fixed: dict[str, Any]) -> dict[str, Any]:
     """Those of `sampled_means_kernel`, from `constants`."""
     names = ("FP8", "ROTATE", "PIECE", "HEAD_SIZE", "PADDED", "PART", "NORM")
     # 16 K elements at once: few steps, each of which waits for memory.
-    return {name: fixed[name] for name in names} | {"STEP": max(2**14 // fixed["PADDED"], 64)}
+    return {name: fixed[name] for name in names} | {"STEP": max(2**14 // fixed["PADDED"], 64), "LEADS": False}
 
 
 @lru_cache
