@@ -112,11 +112,9 @@ def _queries_part(b_top, b_dot, o_place, p_scale, p_shift, seq, scale, scale_log
 
 
 @gluon.jit
-def _queries(b_x, b_signs, p_mean, p_codes, p_scale, p_shift, first, seq, scale, scale_log2, D: gl.constexpr):
+def _queries(b_0, b_1, b_mean_0, b_mean_1, p_codes, p_scale, p_shift, first, seq, scale, scale_log2, D: gl.constexpr):
     """Scales, shifts and codes of a tile of q; pointers are those of its head."""
     layout: gl.constexpr = rows_layout(D)
-    b_mean_0, b_mean_1 = _mean_halves(p_mean, D)
-    b_0, b_1 = _rotated(b_x, b_signs, D)
     o_place = first + gl.arange(0, D, gl.SliceLayout(1, layout))
     o_column = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
     b_dot = b_0 * b_mean_0
@@ -137,11 +135,9 @@ def _queries(b_x, b_signs, p_mean, p_codes, p_scale, p_shift, first, seq, scale,
 
 
 @gluon.jit
-def _keys(b_x, b_signs, p_mean, p_codes, p_scale, first, seq, D: gl.constexpr):
+def _keys(b_0, b_1, b_mean_0, b_mean_1, p_codes, p_scale, first, seq, D: gl.constexpr):
     """Scale and codes of a tile of k. Behind the end lies the last token again: it moves no maximum; its codes are 0."""
     layout: gl.constexpr = rows_layout(D)
-    b_mean_0, b_mean_1 = _mean_halves(p_mean, D)
-    b_0, b_1 = _rotated(b_x, b_signs, D)
     b_0 -= b_mean_0
     b_1 -= b_mean_1
     top = gl.maximum(gl.max(gl.max(gl.maximum(gl.abs(b_0), gl.abs(b_1)), 1), 0), LEAST * D**0.5)
@@ -230,6 +226,17 @@ def _start_copy(x, order, number, total, b_ring, stage, COPY: gl.constexpr):
 
 
 @gluon.jit
+def _wait_for_copy(x, order, number, total, b_ring, stage, COPY: gl.constexpr):
+    """Waits for the tile of a number, in its stage, and starts the copy of a later one into that of the tile before."""
+    STAGES: gl.constexpr = b_ring.shape[0]
+    async_copy.wait_group(STAGES - 2)
+    fence_async_shared()
+    thread_barrier()  # the tile is there, and the one before is read
+    free = (stage + STAGES - 1) % STAGES
+    _start_copy(x, order, number + (STAGES - 1) * gl.num_programs(0), total, b_ring, free, COPY)
+
+
+@gluon.jit
 def hopper_quantize_kernel(
     p_q,
     p_k,
@@ -301,28 +308,34 @@ def hopper_quantize_kernel(
     if AFTER_MEANS:
         gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1)
     stage = 0
-    for number in range(start, total, programs):
-        async_copy.wait_group(STAGES - 2)
-        fence_async_shared()
-        thread_barrier()  # the tile is there, and the one before is read
-        free = (stage + STAGES - 1) % STAGES
-        _start_copy(x, order, number + (STAGES - 1) * programs, total, b_ring, free, COPY)
-        b_x = b_ring.index(stage)
-        stage = (stage + 1) % STAGES
+    both = batch_heads * (q_tiles + k_tiles)
+    for number in range(start, both, programs):
+        _wait_for_copy(x, order, number, total, b_ring, stage, COPY)
         role, i_bh, first = _at(number, batch_heads, q_tiles, k_tiles)
         i_bh = i_bh.to(gl.int64)
+        b_mean_0, b_mean_1 = _mean_halves(p_k_mean + i_bh * D, D)
+        b_0, b_1 = _rotated(b_ring.index(stage), b_signs, D)
         if role == 0:
             o_row = i_bh * seq_q
             _queries(
-                b_x, b_signs, p_k_mean + i_bh * D, p_q_codes + o_row * D, p_q_scale + o_row, p_lse_shift + o_row,
+                b_0, b_1, b_mean_0, b_mean_1, p_q_codes + o_row * D, p_q_scale + o_row, p_lse_shift + o_row,
                 first, seq_q, scale, scale_log2, D,
             )  # fmt: skip
-        elif role == 1:
-            p_scale = p_k_scale + i_bh * k_tiles
-            _keys(b_x, b_signs, p_k_mean + i_bh * D, p_k_codes + i_bh * padded_k * D, p_scale, first, seq_k, D)
-        elif FP8:
-            p_scale = p_v_scale + i_bh * k_tiles
-            p_codes = p_v_codes + i_bh * padded_k * D
-            _values(b_x, b_ones, p_v_mean + i_bh * D, p_codes, p_scale, first, seq_k, padded_k, D)
-        elif ORDERED:
-            _copied(b_x, p_v_codes + i_bh * seq_k * D, first, seq_k, COPY, D)
+        else:
+            p_codes = p_k_codes + i_bh * padded_k * D
+            _keys(b_0, b_1, b_mean_0, b_mean_1, p_codes, p_k_scale + i_bh * k_tiles, first, seq_k, D)
+        stage = (stage + 1) % STAGES
+    # A loop of their own: ptxas shares addresses of products between branches that do not both run.
+    if FP8 or ORDERED:
+        start += gl.cdiv(gl.maximum(both - start, 0), programs) * programs
+        for number in range(start, total, programs):
+            _wait_for_copy(x, order, number, total, b_ring, stage, COPY)
+            _, i_bh, first = _at(number, batch_heads, q_tiles, k_tiles)
+            i_bh = i_bh.to(gl.int64)
+            if FP8:
+                p_codes = p_v_codes + i_bh * padded_k * D
+                p_scale = p_v_scale + i_bh * k_tiles
+                _values(b_ring.index(stage), b_ones, p_v_mean + i_bh * D, p_codes, p_scale, first, seq_k, padded_k, D)
+            else:
+                _copied(b_ring.index(stage), p_v_codes + i_bh * seq_k * D, first, seq_k, COPY, D)
+            stage = (stage + 1) % STAGES
