@@ -141,7 +141,7 @@ def _keys(b_0, b_1, b_mean_0, b_mean_1, p_codes, p_scale, first, seq, D: gl.cons
     b_0 -= b_mean_0
     b_1 -= b_mean_1
     top = gl.maximum(gl.max(gl.max(gl.maximum(gl.abs(b_0), gl.abs(b_1)), 1), 0), LEAST * D**0.5)
-    gl.store(p_scale + first // TILE, top * (D**-0.5 / INT8_TOP))
+    gl.store(p_scale, top * (D**-0.5 / INT8_TOP))
     factor = gl.fdiv(INT8_TOP + 0 * top, top)
     o_place = gl.expand_dims(first + gl.arange(0, D, gl.SliceLayout(1, layout)), 1)
     o_column = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
@@ -167,7 +167,7 @@ def _values(b_x, b_ones, p_mean, p_codes, p_scale, first, seq, padded, D: gl.con
         b_0 = gl.where(o_token < seq, b_0, 0.0)
         b_1 = gl.where(o_token + 64 < seq, b_1, 0.0)
     top = gl.maximum(gl.max(gl.max(gl.maximum(gl.abs(b_0), gl.abs(b_1)), 1), 0), LEAST)
-    gl.store(p_scale + first // TILE, gl.div_rn(top, FP8_TOP + 0 * top))
+    gl.store(p_scale, gl.div_rn(top, FP8_TOP + 0 * top))
     factor = gl.div_rn(FP8_TOP + 0 * top, top)
     p_rows = p_codes + gl.expand_dims(o_dim, 1).to(gl.int64) * padded + (first + gl.expand_dims(o_column, 0))
     gl.store(p_rows, _e4m3(b_0 * factor))
@@ -183,57 +183,77 @@ def _copied(b_x, p_out, first, seq, COPY: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _at(i_tile, batch_heads, q_tiles, k_tiles):
-    """Of the tile of that number: 0 for q, 1 for k, 2 for v; batch and head; the first of its places."""
-    role = 0
-    tiles = q_tiles
-    if i_tile >= batch_heads * q_tiles:
-        i_tile -= batch_heads * q_tiles
-        role = 1
-        tiles = k_tiles
-        if i_tile >= batch_heads * k_tiles:
-            i_tile -= batch_heads * k_tiles
-            role = 2
-    return role, i_tile // tiles, i_tile % tiles * TILE
+def _square(p_x, D: gl.constexpr):
+    """A contiguous matrix [64, 64] in shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [D // 16, 1], [1, 0])
+    o_row = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
+    o_column = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
+    dtype: gl.constexpr = p_x.dtype.element_ty
+    b_x = gl.load(p_x + o_row * 64 + o_column)
+    return gl.allocate_shared_memory(dtype, [64, 64], gl.NVMMASharedLayout(128, 16, 2), b_x)
 
 
 @gluon.jit
-def _start_copy(x, order, number, total, b_ring, stage, COPY: gl.constexpr):
-    """Starts the copy of the tile of a number, where there is such a one, and closes its group of copies."""
-    p_q, p_k, p_v, strides, batch_heads, heads, seq_q, seq_k, PIECE = x
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token = strides
+def _digits(number, heads, tiles):
+    """Which tensor and batch entry, which head, which tile of it, where all tiles are counted in this order."""
+    return number // tiles // heads, number // tiles % heads, number % tiles
+
+
+@gluon.jit
+def _sum(place, step, heads, tiles):
+    """Sum of two `_digits`."""
+    i_xb, i_h, i_tile = place
+    xb_step, h_step, tile_step = step
+    i_tile += tile_step
+    i_h += h_step + (i_tile >= tiles).to(gl.int32)
+    i_xb += xb_step + (i_h >= heads).to(gl.int32)
+    return i_xb, gl.where(i_h >= heads, i_h - heads, i_h), gl.where(i_tile >= tiles, i_tile - tiles, i_tile)
+
+
+@gluon.jit
+def _tokens(order, place, seq, COPY: gl.constexpr):
+    """Ids of the tokens of a tile; behind the last place, of the last token again."""
     p_order, order_head = order
-    D: gl.constexpr = b_ring.shape[2]
-    if number < total:
-        role, i_bh, first = _at(number, batch_heads, gl.cdiv(seq_q, TILE), gl.cdiv(seq_k, TILE))
-        i_b, i_h = i_bh // heads, i_bh % heads
+    _, i_h, i_tile = place
+    o_place = gl.minimum(i_tile * TILE + gl.arange(0, TILE, gl.SliceLayout(1, COPY)), seq - 1)
+    if p_order is None:
+        return o_place
+    else:
+        # The lower halves of int64.
+        p_low = (p_order + i_h.to(gl.int64) * order_head).to(gl.pointer_type(gl.int32))
+        return gl.load(p_low + o_place * 2)
+
+
+@gluon.jit
+def _start_copy(x, place, o_token, b_tile, COPY: gl.constexpr, PIECE: gl.constexpr):
+    """Starts the copy of the tile at a place, where there is such a one, and closes its group of copies."""
+    p_q, p_k, p_v, strides, batch, parts = x
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token = strides
+    i_b, i_h, _ = place
+    if i_b < parts * batch:
         p_x = p_q
-        x_batch, x_head, x_token, seq = q_batch, q_head, q_token, seq_q
-        if role == 1:
-            p_x = p_k
-            x_batch, x_head, x_token, seq = k_batch, k_head, k_token, seq_k
-        if role == 2:
+        x_batch, x_head, x_token = q_batch, q_head, q_token
+        if i_b >= 2 * batch:
             p_x = p_v
-            x_batch, x_head, x_token, seq = v_batch, v_head, v_token, seq_k
+            x_batch, x_head, x_token = v_batch, v_head, v_token
+            i_b -= 2 * batch
+        elif i_b >= batch:
+            p_x = p_k
+            x_batch, x_head, x_token = k_batch, k_head, k_token
+            i_b -= batch
         p_x += (i_b.to(gl.int64) * x_batch + i_h.to(gl.int64) * x_head) * PIECE
-        o_place = gl.minimum(first + gl.arange(0, TILE, gl.SliceLayout(1, COPY)), seq - 1)
-        if p_order is not None:
-            o_place = gl.load(p_order + i_h * order_head + o_place)
-        o_token = gl.expand_dims(o_place.to(gl.int64) * (gl.cast(x_token, gl.int64) * PIECE), 1)
-        o_dim = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, COPY)), 0)
-        async_copy.async_copy_global_to_shared(b_ring.index(stage), p_x + o_token + o_dim)
+        o_row = gl.expand_dims(o_token.to(gl.int64) * (gl.cast(x_token, gl.int64) * PIECE), 1)
+        o_dim = gl.expand_dims(gl.arange(0, b_tile.shape[1], gl.SliceLayout(0, COPY)), 0)
+        async_copy.async_copy_global_to_shared(b_tile, p_x + o_row + o_dim)
     async_copy.commit_group()
 
 
 @gluon.jit
-def _wait_for_copy(x, order, number, total, b_ring, stage, COPY: gl.constexpr):
-    """Waits for the tile of a number, in its stage, and starts the copy of a later one into that of the tile before."""
-    STAGES: gl.constexpr = b_ring.shape[0]
+def _wait_for_copy(STAGES: gl.constexpr):
+    """Waits until the oldest tile is there, and all threads have read the one before it."""
     async_copy.wait_group(STAGES - 2)
     fence_async_shared()
-    thread_barrier()  # the tile is there, and the one before is read
-    free = (stage + STAGES - 1) % STAGES
-    _start_copy(x, order, number + (STAGES - 1) * gl.num_programs(0), total, b_ring, free, COPY)
+    thread_barrier()
 
 
 @gluon.jit
@@ -266,11 +286,9 @@ def hopper_quantize_kernel(
     v_token,
     v_dim,
     order_head,
-    batch_heads,
+    batch,
     heads,
-    seq_q,
-    seq_k,
-    padded_k,
+    seq,
     scale,
     scale_log2,
     FP8: gl.constexpr,
@@ -288,54 +306,59 @@ def hopper_quantize_kernel(
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [D // 16, 1], [1, 0])
     matrix: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     dtype: gl.constexpr = p_q.dtype.element_ty
-    b_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], matrix)
+    PARTS: gl.constexpr = 3 if FP8 or ORDERED else 2
+    tiles = gl.cdiv(seq, TILE)
+    padded = tiles * TILE
     strides = (q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token)
-    x = (p_q, p_k, p_v, strides, batch_heads, heads, seq_q, seq_k, PIECE)
+    x = (p_q, p_k, p_v, strides, batch, PARTS)
     order = (p_order, order_head)
-    q_tiles, k_tiles = gl.cdiv(seq_q, TILE), gl.cdiv(seq_k, TILE)
-    total = batch_heads * (q_tiles + k_tiles * (2 if FP8 or ORDERED else 1))
-    start, programs = gl.program_id(0), gl.num_programs(0)
-    for ahead in gl.static_range(STAGES - 1):
-        _start_copy(x, order, start + ahead * programs, total, b_ring, ahead, COPY)
-    square: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [D // 16, 1], [1, 0])
-    o_64 = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, square)), 1) * 64
-    o_64 += gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, square)), 0)
-    b_signs = gl.allocate_shared_memory(dtype, [64, 64], matrix)
-    b_signs.store(gl.load(p_signs + o_64))
+    b_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], matrix)
+    step = _digits(gl.num_programs(0), heads, tiles)
+    place = _digits(gl.program_id(0), heads, tiles)
+    ahead = place
+    for number in gl.static_range(STAGES - 1):
+        _start_copy(x, ahead, _tokens(order, ahead, seq, COPY), b_ring.index(number), COPY, PIECE)
+        ahead = _sum(ahead, step, heads, tiles)
+    o_token = _tokens(order, ahead, seq, COPY)
+    b_signs = _square(p_signs, D)
     if FP8:
-        b_ones = gl.allocate_shared_memory(dtype, [64, 64], matrix)
-        b_ones.store(gl.load(p_ones + o_64))
+        b_ones = _square(p_ones, D)
     if AFTER_MEANS:
         gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1)
     stage = 0
-    both = batch_heads * (q_tiles + k_tiles)
-    for number in range(start, both, programs):
-        _wait_for_copy(x, order, number, total, b_ring, stage, COPY)
-        role, i_bh, first = _at(number, batch_heads, q_tiles, k_tiles)
-        i_bh = i_bh.to(gl.int64)
+    while place[0] < 2 * batch:
+        _wait_for_copy(STAGES)
+        _start_copy(x, ahead, o_token, b_ring.index((stage + STAGES - 1) % STAGES), COPY, PIECE)
+        ahead = _sum(ahead, step, heads, tiles)
+        o_token = _tokens(order, ahead, seq, COPY)
+        i_xb, i_h, i_tile = place
+        i_bh = (gl.where(i_xb < batch, i_xb, i_xb - batch) * heads + i_h).to(gl.int64)
         b_mean_0, b_mean_1 = _mean_halves(p_k_mean + i_bh * D, D)
         b_0, b_1 = _rotated(b_ring.index(stage), b_signs, D)
-        if role == 0:
-            o_row = i_bh * seq_q
+        if i_xb < batch:
+            o_row = i_bh * seq
             _queries(
                 b_0, b_1, b_mean_0, b_mean_1, p_q_codes + o_row * D, p_q_scale + o_row, p_lse_shift + o_row,
-                first, seq_q, scale, scale_log2, D,
+                i_tile * TILE, seq, scale, scale_log2, D,
             )  # fmt: skip
         else:
-            p_codes = p_k_codes + i_bh * padded_k * D
-            _keys(b_0, b_1, b_mean_0, b_mean_1, p_codes, p_k_scale + i_bh * k_tiles, first, seq_k, D)
+            p_codes = p_k_codes + i_bh * padded * D
+            _keys(b_0, b_1, b_mean_0, b_mean_1, p_codes, p_k_scale + i_bh * tiles + i_tile, i_tile * TILE, seq, D)
         stage = (stage + 1) % STAGES
-    # A loop of their own: ptxas shares addresses of products between branches that do not both run.
-    if FP8 or ORDERED:
-        start += gl.cdiv(gl.maximum(both - start, 0), programs) * programs
-        for number in range(start, total, programs):
-            _wait_for_copy(x, order, number, total, b_ring, stage, COPY)
-            _, i_bh, first = _at(number, batch_heads, q_tiles, k_tiles)
-            i_bh = i_bh.to(gl.int64)
-            if FP8:
-                p_codes = p_v_codes + i_bh * padded_k * D
-                p_scale = p_v_scale + i_bh * k_tiles
-                _values(b_ring.index(stage), b_ones, p_v_mean + i_bh * D, p_codes, p_scale, first, seq_k, padded_k, D)
-            else:
-                _copied(b_ring.index(stage), p_v_codes + i_bh * seq_k * D, first, seq_k, COPY, D)
-            stage = (stage + 1) % STAGES
+        place = _sum(place, step, heads, tiles)
+    # A loop of their own: ptxas shares addresses of products between branches of which one does not run.
+    while place[0] < PARTS * batch:
+        _wait_for_copy(STAGES)
+        _start_copy(x, ahead, o_token, b_ring.index((stage + STAGES - 1) % STAGES), COPY, PIECE)
+        ahead = _sum(ahead, step, heads, tiles)
+        o_token = _tokens(order, ahead, seq, COPY)
+        i_xb, i_h, i_tile = place
+        i_bh = ((i_xb - 2 * batch) * heads + i_h).to(gl.int64)
+        if FP8:
+            p_codes = p_v_codes + i_bh * padded * D
+            p_scale = p_v_scale + i_bh * tiles + i_tile
+            _values(b_ring.index(stage), b_ones, p_v_mean + i_bh * D, p_codes, p_scale, i_tile * TILE, seq, padded, D)
+        elif ORDERED:
+            _copied(b_ring.index(stage), p_v_codes + i_bh * seq * D, i_tile * TILE, seq, COPY, D)
+        stage = (stage + 1) % STAGES
+        place = _sum(place, step, heads, tiles)
