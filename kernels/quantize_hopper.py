@@ -1,38 +1,48 @@
 """Gluon: `quantize_triton` on sm_90 for whole rows of 64 or 128 channels, rotated.
 
-As many programs as fit on the multiprocessors at once, each with a ring of tiles of GROUP tokens on their way, of all
-heads of q, then k, then v. Rows are read where the order says they lie. The matrix unit does what moves values between
-threads: it multiplies tokens of q and k by signs, and those of v, transposed, by ones, both with columns named such that
-each thread is left 16 of a row side by side, which are stored as they are.
+As many programs as fit on the multiprocessors at once, each with tiles of q, k and v on their way (`ring_hopper`). The
+matrix unit does all that moves values between threads: it multiplies tokens of q and k by signs, and those of v,
+transposed, by ones, both with columns named such that a thread is left 16 of a row side by side, stored as they are.
 
-Names as in `attention_hopper`. All products are [D, 64], two a tile. Of q and k these are the two halves of the channels
-of 128 tokens at D = 128, and 64 tokens each at D = 64; of v those of 64 tokens each.
+Names as in `attention_hopper`. All products are [D, 64], two a tile: of q and k the two halves of the channels of 128
+tokens at D = 128, 64 tokens each at D = 64; of v 64 tokens each.
 """
 
+# Gluon kernel bodies are a language of their own: their arguments carry no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="operator, index, attr-defined, no-untyped-call"
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.runtime import driver
 
-from sparse_dit.kernels.copies_hopper import thread_barrier
-from sparse_dit.kernels.quantize import FP8_MAX, GROUP, INT8_MAX, SMALLEST
+from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel
+from sparse_dit.kernels.pieces import steps
+from sparse_dit.kernels.quantize import FP8_MAX, GROUP, INT8_MAX, LOG2_E, SMALLEST, Quantized, fresh_codes, rotation
+from sparse_dit.kernels.ring_hopper import TILE, place_after, place_of, start_copy, token_ids, wait_for_copy
+from sparse_dit.kernels.sampled_means_triton import launch_means, rotation_factors
 
-TILE = gl.constexpr(GROUP)
 INT8_TOP = gl.constexpr(INT8_MAX)
 FP8_TOP = gl.constexpr(FP8_MAX)
 LEAST = gl.constexpr(SMALLEST)
+STAGES = 3  # tiles that a program works on or has on their way
+PROGRAMS = {64: 3, 128: 2}  # a multiprocessor, by head size: as many as its shared memory and registers take
 
 
 @gluon.constexpr_function
 def rows_layout(D):
     """[D, 64], 16 columns of two rows a thread, as `_seen_by_rows` leaves products."""
+    registers = [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]]
+    lanes = [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]]
     warps = [[16 << i, 0] for i in range((D // 16).bit_length() - 1)]
-    columns = [[0, 1], [0, 2], [0, 4], [0, 8]]
-    return gl.DistributedLinearLayout([*columns, [8, 0]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], warps, [], [D, 64])
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [D, 64])
 
 
 @gluon.jit
@@ -136,7 +146,7 @@ def _queries(b_0, b_1, b_mean_0, b_mean_1, p_codes, p_scale, p_shift, first, seq
 
 @gluon.jit
 def _keys(b_0, b_1, b_mean_0, b_mean_1, p_codes, p_scale, first, seq, D: gl.constexpr):
-    """Scale and codes of a tile of k. Behind the end lies the last token again: it moves no maximum; its codes are 0."""
+    """Scale and codes of a tile of k. Behind the end lies the last token again: no maximum moves, its codes are 0."""
     layout: gl.constexpr = rows_layout(D)
     b_0 -= b_mean_0
     b_1 -= b_mean_1
@@ -194,69 +204,6 @@ def _square(p_x, D: gl.constexpr):
 
 
 @gluon.jit
-def _digits(number, heads, tiles):
-    """Which tensor and batch entry, which head, which tile of it, where all tiles are counted in this order."""
-    return number // tiles // heads, number // tiles % heads, number % tiles
-
-
-@gluon.jit
-def _sum(place, step, heads, tiles):
-    """Sum of two `_digits`."""
-    i_xb, i_h, i_tile = place
-    xb_step, h_step, tile_step = step
-    i_tile += tile_step
-    i_h += h_step + (i_tile >= tiles).to(gl.int32)
-    i_xb += xb_step + (i_h >= heads).to(gl.int32)
-    return i_xb, gl.where(i_h >= heads, i_h - heads, i_h), gl.where(i_tile >= tiles, i_tile - tiles, i_tile)
-
-
-@gluon.jit
-def _tokens(order, place, seq, COPY: gl.constexpr):
-    """Ids of the tokens of a tile; behind the last place, of the last token again."""
-    p_order, order_head = order
-    _, i_h, i_tile = place
-    o_place = gl.minimum(i_tile * TILE + gl.arange(0, TILE, gl.SliceLayout(1, COPY)), seq - 1)
-    if p_order is None:
-        return o_place
-    else:
-        # The lower halves of int64.
-        p_low = (p_order + i_h.to(gl.int64) * order_head).to(gl.pointer_type(gl.int32))
-        return gl.load(p_low + o_place * 2)
-
-
-@gluon.jit
-def _start_copy(x, place, o_token, b_tile, COPY: gl.constexpr, PIECE: gl.constexpr):
-    """Starts the copy of the tile at a place, where there is such a one, and closes its group of copies."""
-    p_q, p_k, p_v, strides, batch, parts = x
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token = strides
-    i_b, i_h, _ = place
-    if i_b < parts * batch:
-        p_x = p_q
-        x_batch, x_head, x_token = q_batch, q_head, q_token
-        if i_b >= 2 * batch:
-            p_x = p_v
-            x_batch, x_head, x_token = v_batch, v_head, v_token
-            i_b -= 2 * batch
-        elif i_b >= batch:
-            p_x = p_k
-            x_batch, x_head, x_token = k_batch, k_head, k_token
-            i_b -= batch
-        p_x += (i_b.to(gl.int64) * x_batch + i_h.to(gl.int64) * x_head) * PIECE
-        o_row = gl.expand_dims(o_token.to(gl.int64) * (gl.cast(x_token, gl.int64) * PIECE), 1)
-        o_dim = gl.expand_dims(gl.arange(0, b_tile.shape[1], gl.SliceLayout(0, COPY)), 0)
-        async_copy.async_copy_global_to_shared(b_tile, p_x + o_row + o_dim)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _wait_for_copy(STAGES: gl.constexpr):
-    """Waits until the oldest tile is there, and all threads have read the one before it."""
-    async_copy.wait_group(STAGES - 2)
-    fence_async_shared()
-    thread_barrier()
-
-
-@gluon.jit
 def hopper_quantize_kernel(
     p_q,
     p_k,
@@ -296,7 +243,6 @@ def hopper_quantize_kernel(
     PIECE: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
-    AFTER_MEANS: gl.constexpr,
 ):
     """Tiles i, i + programs, i + 2 programs and so on in program i; means of k come without the rotation's factor.
 
@@ -313,24 +259,23 @@ def hopper_quantize_kernel(
     x = (p_q, p_k, p_v, strides, batch, PARTS)
     order = (p_order, order_head)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], matrix)
-    step = _digits(gl.num_programs(0), heads, tiles)
-    place = _digits(gl.program_id(0), heads, tiles)
+    step = place_of(gl.num_programs(0), heads, tiles)
+    place = place_of(gl.program_id(0), heads, tiles)
     ahead = place
     for number in gl.static_range(STAGES - 1):
-        _start_copy(x, ahead, _tokens(order, ahead, seq, COPY), b_ring.index(number), COPY, PIECE)
-        ahead = _sum(ahead, step, heads, tiles)
-    o_token = _tokens(order, ahead, seq, COPY)
+        start_copy(x, ahead, token_ids(order, ahead, seq, COPY), b_ring.index(number), COPY, PIECE)
+        ahead = place_after(ahead, step, heads, tiles)
+    o_token = token_ids(order, ahead, seq, COPY)
     b_signs = _square(p_signs, D)
     if FP8:
         b_ones = _square(p_ones, D)
-    if AFTER_MEANS:
-        gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1)
     stage = 0
     while place[0] < 2 * batch:
-        _wait_for_copy(STAGES)
-        _start_copy(x, ahead, o_token, b_ring.index((stage + STAGES - 1) % STAGES), COPY, PIECE)
-        ahead = _sum(ahead, step, heads, tiles)
-        o_token = _tokens(order, ahead, seq, COPY)
+        wait_for_copy(STAGES)
+        start_copy(x, ahead, o_token, b_ring.index((stage + STAGES - 1) % STAGES), COPY, PIECE)
+        ahead = place_after(ahead, step, heads, tiles)
+        o_token = token_ids(order, ahead, seq, COPY)
         i_xb, i_h, i_tile = place
         i_bh = (gl.where(i_xb < batch, i_xb, i_xb - batch) * heads + i_h).to(gl.int64)
         b_mean_0, b_mean_1 = _mean_halves(p_k_mean + i_bh * D, D)
@@ -345,13 +290,13 @@ def hopper_quantize_kernel(
             p_codes = p_k_codes + i_bh * padded * D
             _keys(b_0, b_1, b_mean_0, b_mean_1, p_codes, p_k_scale + i_bh * tiles + i_tile, i_tile * TILE, seq, D)
         stage = (stage + 1) % STAGES
-        place = _sum(place, step, heads, tiles)
+        place = place_after(place, step, heads, tiles)
     # A loop of their own: ptxas shares addresses of products between branches of which one does not run.
     while place[0] < PARTS * batch:
-        _wait_for_copy(STAGES)
-        _start_copy(x, ahead, o_token, b_ring.index((stage + STAGES - 1) % STAGES), COPY, PIECE)
-        ahead = _sum(ahead, step, heads, tiles)
-        o_token = _tokens(order, ahead, seq, COPY)
+        wait_for_copy(STAGES)
+        start_copy(x, ahead, o_token, b_ring.index((stage + STAGES - 1) % STAGES), COPY, PIECE)
+        ahead = place_after(ahead, step, heads, tiles)
+        o_token = token_ids(order, ahead, seq, COPY)
         i_xb, i_h, i_tile = place
         i_bh = ((i_xb - 2 * batch) * heads + i_h).to(gl.int64)
         if FP8:
@@ -361,4 +306,57 @@ def hopper_quantize_kernel(
         elif ORDERED:
             _copied(b_ring.index(stage), p_v_codes + i_bh * seq * D, i_tile * TILE, seq, COPY, D)
         stage = (stage + 1) % STAGES
-        place = _sum(place, step, heads, tiles)
+        place = place_after(place, step, heads, tiles)
+
+
+def constants(precision: str, head_size: int, ordered: bool, piece: int) -> dict[str, Any]:
+    """The compile-time arguments of `hopper_quantize_kernel`."""
+    return {"FP8": precision == "int8_fp8", "ORDERED": ordered, "PIECE": piece, "D": head_size, "STAGES": STAGES}
+
+
+def launch_options(head_size: int) -> dict[str, Any]:
+    """How `hopper_quantize_kernel` is launched: of a product a thread holds 32 values, and of a tile two products."""
+    return {"num_warps": head_size // 16, "maxnreg": 128, "enable_fp_fusion": False, "launch_pdl": True}
+
+
+@lru_cache
+def _matrices(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What tokens are multiplied by, [64, 64] each: signs of a rotation, and ones that bring values into their places.
+
+    Column 8 j + 2 t + e is column 16 t + 2 j + e of what is stored (`rows_layout`).
+    """
+    place = torch.arange(64)
+    i_16 = place % 16
+    token = place - i_16 + i_16 // 2 % 2 * 8 + i_16 // 4 * 2 + i_16 % 2  # `Quantized` tells why
+    signs, ones = rotation(64).sign(), torch.eye(64)[:, token]
+    named = (rearrange(x, "k (t j e) -> k (j t e)", t=4, e=2) for x in (signs, ones))
+    signs, ones = (x.to(device, dtype).contiguous() for x in named)
+    return signs, ones
+
+
+@lru_cache
+def _multiprocessors(index: int) -> int:
+    return int(driver.active.utils.get_device_properties(index)["multiprocessor_count"])
+
+
+def hopper_quantize(q: Tensor, k: Tensor, v: Tensor, precision: str, scale: float, order: Tensor | None) -> Quantized:
+    """The contract of `quantize.quantize`, rotated, where `backends.hopper_quantize_refusal` has no objection."""
+    batch, heads, seq, head_size = q.shape
+    piece, strides = steps(q, k, v)
+    codes = fresh_codes(q, k, v, precision, order is not None)
+    signs, ones = _matrices(q.dtype, q.device)
+    tiles = batch * heads * cdiv(seq, GROUP) * (2 if codes.v is v else 3)
+    programs = min(tiles, _multiprocessors(max(q.get_device(), 0)) * PROGRAMS[head_size])
+    with device_of(q):
+        factors = rotation_factors(head_size, q.dtype, q.device)
+        k_mean = launch_means(k, v, codes.v_mean, factors, norm=1.0, leads=True)
+        launch_kernel(
+            hopper_quantize_kernel, (programs,),
+            q, k, v, order, k_mean, codes.v_mean, signs, None if codes.v_scale is None else ones,
+            codes.q, codes.q_scale, codes.lse_shift, codes.k, codes.k_scale, codes.v, codes.v_scale,
+            *strides,
+            0 if order is None or len(order) == 1 else order.stride(0),
+            batch, heads, seq, scale, scale * LOG2_E,
+            **constants(precision, head_size, order is not None, piece), **launch_options(head_size),
+        )  # fmt: skip
+    return codes
