@@ -112,58 +112,61 @@ def _mean_halves(p_mean, D: gl.constexpr):
 
 
 @gluon.jit
-def _queries_part(b_top, b_dot, o_place, p_scale, p_shift, seq, scale, scale_log2, D: gl.constexpr):
+def _queries_part(b_top, b_dot, o_row, p_scale, p_shift, rows, scale, scale_log2, D: gl.constexpr):
     """Stores what tokens of q have apart from codes; returns the factors of their codes."""
     b_top = gl.maximum(b_top, LEAST * D**0.5)
-    m_place = o_place < seq
-    gl.store(p_shift + o_place, b_dot * (scale / D), mask=m_place)
-    gl.store(p_scale + o_place, b_top * (scale_log2 * (D**-0.5 / INT8_TOP)), mask=m_place)
+    gl.store(p_shift + o_row, b_dot * (scale / D), mask=o_row < rows)
+    gl.store(p_scale + o_row, b_top * (scale_log2 * (D**-0.5 / INT8_TOP)), mask=o_row < rows)
     return gl.expand_dims(gl.fdiv(gl.full_like(b_top, INT8_TOP), b_top), 1)
 
 
 @gluon.jit
-def _queries(b_0, b_1, b_mean_0, b_mean_1, p_codes, p_scale, p_shift, first, seq, scale, scale_log2, D: gl.constexpr):
-    """Scales, shifts and codes of a tile of q; pointers are those of its head."""
+def _queries(b_0, b_1, b_mean_0, b_mean_1, p_codes, p_scale, p_shift, rows, scale, scale_log2, D: gl.constexpr):
+    """Scales, shifts and codes of a tile of q, of which the first `rows` are tokens; pointers are those of the tile."""
     layout: gl.constexpr = rows_layout(D)
-    o_place = first + gl.arange(0, D, gl.SliceLayout(1, layout))
+    o_row = gl.arange(0, D, gl.SliceLayout(1, layout))
     o_column = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
     b_dot = b_0 * b_mean_0
     if D == 64:
         b_top_0, b_top_1 = gl.max(gl.abs(b_0), 1), gl.max(gl.abs(b_1), 1)
         b_dot_0, b_dot_1 = gl.sum(b_dot, 1), gl.sum(b_1 * b_mean_1, 1)
-        b_factor_0 = _queries_part(b_top_0, b_dot_0, o_place, p_scale, p_shift, seq, scale, scale_log2, D)
-        b_factor_1 = _queries_part(b_top_1, b_dot_1, o_place + 64, p_scale, p_shift, seq, scale, scale_log2, D)
+        b_factor_0 = _queries_part(b_top_0, b_dot_0, o_row, p_scale, p_shift, rows, scale, scale_log2, D)
+        b_factor_1 = _queries_part(b_top_1, b_dot_1, o_row + 64, p_scale, p_shift, rows, scale, scale_log2, D)
     else:
         b_top = gl.max(gl.maximum(gl.abs(b_0), gl.abs(b_1)), 1)
         b_dot = gl.sum(gl.fma(b_1, b_mean_1, b_dot), 1)
-        b_factor_0 = _queries_part(b_top, b_dot, o_place, p_scale, p_shift, seq, scale, scale_log2, D)
+        b_factor_0 = _queries_part(b_top, b_dot, o_row, p_scale, p_shift, rows, scale, scale_log2, D)
         b_factor_1 = b_factor_0
-    o_place = gl.expand_dims(o_place, 1)
-    p_rows = p_codes + o_place * D + o_column
-    gl.store(p_rows, _int8(b_0, b_factor_0), mask=o_place < seq)
-    gl.store(p_rows + (64 if D == 128 else 64 * D), _int8(b_1, b_factor_1), mask=o_place + 64 * (D == 64) < seq)
+    o_row = gl.expand_dims(o_row, 1)
+    p_rows = p_codes + o_row * D + o_column
+    gl.store(p_rows, _int8(b_0, b_factor_0), mask=o_row < rows)
+    gl.store(p_rows + (64 if D == 128 else 64 * D), _int8(b_1, b_factor_1), mask=o_row + 64 * (D == 64) < rows)
 
 
 @gluon.jit
-def _keys(b_0, b_1, b_mean_0, b_mean_1, p_codes, p_scale, first, seq, D: gl.constexpr):
-    """Scale and codes of a tile of k. Behind the end lies the last token again: no maximum moves, its codes are 0."""
+def _keys(b_0, b_1, b_mean_0, b_mean_1, p_codes, p_scale, rows, D: gl.constexpr):
+    """The same of k. Behind the tokens lies the last one again: it moves no maximum, and its codes are made zeros."""
     layout: gl.constexpr = rows_layout(D)
     b_0 -= b_mean_0
     b_1 -= b_mean_1
     top = gl.maximum(gl.max(gl.max(gl.maximum(gl.abs(b_0), gl.abs(b_1)), 1), 0), LEAST * D**0.5)
     gl.store(p_scale, top * (D**-0.5 / INT8_TOP))
     factor = gl.fdiv(INT8_TOP + 0 * top, top)
-    o_place = gl.expand_dims(first + gl.arange(0, D, gl.SliceLayout(1, layout)), 1)
+    o_row = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(1, layout)), 1)
     o_column = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
-    p_rows = p_codes + o_place * D + o_column
-    gl.store(p_rows, _int8(b_0, gl.where(o_place < seq, factor, 0.0)))
-    o_place += 64 * (D == 64)
-    gl.store(p_rows + (64 if D == 128 else 64 * D), _int8(b_1, gl.where(o_place < seq, factor, 0.0)))
+    p_rows = p_codes + o_row * D + o_column
+    gl.store(p_rows, _int8(b_0, gl.where(o_row < rows, factor, 0.0)))
+    o_row += 64 * (D == 64)
+    gl.store(p_rows + (64 if D == 128 else 64 * D), _int8(b_1, gl.where(o_row < rows, factor, 0.0)))
 
 
 @gluon.jit
 def _values(b_x, b_ones, p_mean, p_codes, p_scale, first, seq, padded, D: gl.constexpr):
-    """Scale and codes of a tile of v, transposed; the ones put tokens into the places that `Quantized` tells."""
+    """The same of v, transposed; the ones put tokens into the places that `Quantized` tells.
+
+    Codes are those of the head, and places count from its first token: what does not change from tile to tile would be
+    kept, in registers that there are not.
+    """
     layout: gl.constexpr = rows_layout(D)
     o_dim = gl.arange(0, D, gl.SliceLayout(1, layout))
     b_mean = gl.expand_dims(gl.load(p_mean + o_dim), 1)
@@ -185,11 +188,11 @@ def _values(b_x, b_ones, p_mean, p_codes, p_scale, first, seq, padded, D: gl.con
 
 
 @gluon.jit
-def _copied(b_x, p_out, first, seq, COPY: gl.constexpr, D: gl.constexpr):
+def _copied(b_x, p_out, rows, COPY: gl.constexpr, D: gl.constexpr):
     """Stores a tile of v as it is."""
-    o_place = gl.expand_dims(first + gl.arange(0, TILE, gl.SliceLayout(1, COPY)), 1)
+    o_row = gl.expand_dims(gl.arange(0, TILE, gl.SliceLayout(1, COPY)), 1)
     o_dim = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, COPY)), 0)
-    gl.store(p_out + o_place * D + o_dim, b_x.load(COPY), mask=o_place < seq)
+    gl.store(p_out + o_row * D + o_dim, b_x.load(COPY), mask=o_row < rows)
 
 
 @gluon.jit
@@ -280,15 +283,16 @@ def hopper_quantize_kernel(
         i_bh = (gl.where(i_xb < batch, i_xb, i_xb - batch) * heads + i_h).to(gl.int64)
         b_mean_0, b_mean_1 = _mean_halves(p_k_mean + i_bh * D, D)
         b_0, b_1 = _rotated(b_ring.index(stage), b_signs, D)
+        rows = seq - i_tile * TILE
         if i_xb < batch:
-            o_row = i_bh * seq
+            row = i_bh * seq + i_tile * TILE
             _queries(
-                b_0, b_1, b_mean_0, b_mean_1, p_q_codes + o_row * D, p_q_scale + o_row, p_lse_shift + o_row,
-                i_tile * TILE, seq, scale, scale_log2, D,
+                b_0, b_1, b_mean_0, b_mean_1, p_q_codes + row * D, p_q_scale + row, p_lse_shift + row,
+                rows, scale, scale_log2, D,
             )  # fmt: skip
         else:
-            p_codes = p_k_codes + i_bh * padded * D
-            _keys(b_0, b_1, b_mean_0, b_mean_1, p_codes, p_k_scale + i_bh * tiles + i_tile, i_tile * TILE, seq, D)
+            tile = i_bh * tiles + i_tile
+            _keys(b_0, b_1, b_mean_0, b_mean_1, p_k_codes + tile * TILE * D, p_k_scale + tile, rows, D)
         stage = (stage + 1) % STAGES
         place = place_after(place, step, heads, tiles)
     # A loop of their own: ptxas shares addresses of products between branches of which one does not run.
@@ -299,12 +303,13 @@ def hopper_quantize_kernel(
         o_token = token_ids(order, ahead, seq, COPY)
         i_xb, i_h, i_tile = place
         i_bh = ((i_xb - 2 * batch) * heads + i_h).to(gl.int64)
+        first = i_tile * TILE
         if FP8:
             p_codes = p_v_codes + i_bh * padded * D
             p_scale = p_v_scale + i_bh * tiles + i_tile
-            _values(b_ring.index(stage), b_ones, p_v_mean + i_bh * D, p_codes, p_scale, i_tile * TILE, seq, padded, D)
+            _values(b_ring.index(stage), b_ones, p_v_mean + i_bh * D, p_codes, p_scale, first, seq, padded, D)
         elif ORDERED:
-            _copied(b_ring.index(stage), p_v_codes + i_bh * seq * D, i_tile * TILE, seq, COPY, D)
+            _copied(b_ring.index(stage), p_v_codes + (i_bh * seq + first) * D, seq - first, COPY, D)
         stage = (stage + 1) % STAGES
         place = place_after(place, step, heads, tiles)
 
