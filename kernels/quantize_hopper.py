@@ -32,8 +32,9 @@ from sparse_dit.kernels.sampled_means_triton import launch_means, rotation_facto
 INT8_TOP = gl.constexpr(INT8_MAX)
 FP8_TOP = gl.constexpr(FP8_MAX)
 LEAST = gl.constexpr(SMALLEST)
-STAGES = 3  # tiles that a program works on or has on their way
-PROGRAMS = {64: 3, 128: 2}  # a multiprocessor, by head size: as many as its shared memory and registers take
+# By head size: tiles that a program works on or has on their way, and programs a multiprocessor.
+STAGES = {64: 2, 128: 3}
+PROGRAMS = {64: 3, 128: 2}
 
 
 @gluon.constexpr_function
@@ -206,7 +207,9 @@ def _square(p_x, D: gl.constexpr):
     return gl.allocate_shared_memory(dtype, [64, 64], gl.NVMMASharedLayout(128, 16, 2), b_x)
 
 
-@gluon.jit
+# Were a single token told to the compiler, ptxas would see pairs of equal zeros in `_e4m3`, and packed what it had not
+# computed (12.8).
+@gluon.jit(do_not_specialize=["seq"])
 def hopper_quantize_kernel(
     p_q,
     p_k,
@@ -316,7 +319,13 @@ def hopper_quantize_kernel(
 
 def constants(precision: str, head_size: int, ordered: bool, piece: int) -> dict[str, Any]:
     """The compile-time arguments of `hopper_quantize_kernel`."""
-    return {"FP8": precision == "int8_fp8", "ORDERED": ordered, "PIECE": piece, "D": head_size, "STAGES": STAGES}
+    return {
+        "FP8": precision == "int8_fp8",
+        "ORDERED": ordered,
+        "PIECE": piece,
+        "D": head_size,
+        "STAGES": STAGES[head_size],
+    }
 
 
 def launch_options(head_size: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from sparse_dit.kernels.pieces import steps
 from sparse_dit.kernels.quantize import ROTATED, SAMPLE, rotation
 
 WARPS = 16
-READ = 2**15  # elements that a program reads at once
+READ = 2**13  # elements of a step; steps are unrolled, so that loads of many are under way
 
 
 @triton.jit
