@@ -317,8 +317,9 @@ def hopper_quantize_kernel(
         place = place_after(place, step, heads, tiles)
 
 
+@lru_cache
 def constants(precision: str, head_size: int, ordered: bool, piece: int) -> dict[str, Any]:
-    """The compile-time arguments of `hopper_quantize_kernel`."""
+    """The compile-time arguments of `hopper_quantize_kernel`, not to be changed."""
     return {
         "FP8": precision == "int8_fp8",
         "ORDERED": ordered,
@@ -328,8 +329,9 @@ def constants(precision: str, head_size: int, ordered: bool, piece: int) -> dict
     }
 
 
+@lru_cache
 def launch_options(head_size: int) -> dict[str, Any]:
-    """How `hopper_quantize_kernel` is launched: of a product a thread holds 32 values, and of a tile two products."""
+    """How `hopper_quantize_kernel` is launched, not to be changed: a thread holds 32 values of each of two products."""
     return {"num_warps": head_size // 16, "maxnreg": 128, "enable_fp_fusion": False, "launch_pdl": True}
 
 

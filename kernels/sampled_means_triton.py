@@ -104,8 +104,9 @@ def sampled_means_kernel(
         tl.store(p_v_mean + o_mean, b_mean, mask=m_dim)
 
 
+@lru_cache
 def constants(fp8: bool, head_size: int, rotate: bool, piece: int, norm: float, leads: bool = False) -> dict[str, Any]:
-    """The compile-time arguments of `sampled_means_kernel`."""
+    """The compile-time arguments of `sampled_means_kernel`, not to be changed."""
     width = power_of_2(head_size)
     return {
         "FP8": fp8,
