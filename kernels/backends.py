@@ -14,6 +14,7 @@ BACKENDS = ("hopper", "triton", "host")
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
 TRITON_HEAD_SIZES = (64, 72, 88, 96, 128, 256)
 HOPPER_HEAD_SIZES = (64, 72, 88, 96, 128)
+HOPPER_QUANTIZED = (64, 128)  # head sizes of the Hopper pass that quantizes
 HOPPER_BLOCK_Q = 128
 HOPPER_BLOCK_K = (32, 64, 128)  # the first not in FP8, whose values lie in parts of a stage, two at most
 # Triton versions whose Gluon the Hopper kernel is compiled with by the tests: from the first, before the second.
@@ -113,6 +114,31 @@ def hopper_refusal(
         if not is_aligned(x):
             return f"{name} does not lie in pieces of {PIECE_BYTES} bytes"
     return _gluon_refusal()
+
+
+@remembered
+def quantize_backend(q: Tensor, k: Tensor, v: Tensor, rotate: bool = True) -> str:
+    """The backend that None stands for in `quantize.quantize`: the fastest that takes q, k and v."""
+    if not q.is_cuda:
+        return "host"
+    if q.dtype not in CUDA_DTYPES or not is_hopper(q.device) or _gluon_refusal():
+        return "triton"
+    return "triton" if hopper_quantize_refusal(q, k, v, rotate) else "hopper"
+
+
+@remembered
+def hopper_quantize_refusal(q: Tensor, k: Tensor, v: Tensor, rotate: bool = True) -> str | None:
+    """Why the Hopper pass cannot quantize tensors on a GPU that it runs on, or None where it can."""
+    if not rotate:
+        return "it always rotates"
+    if q.shape[-1] not in HOPPER_QUANTIZED:
+        return f"head size {q.shape[-1]} is not one of {HOPPER_QUANTIZED}"
+    if q.shape[2] != k.shape[2]:
+        return f"there are {q.shape[2]} queries and {k.shape[2]} keys"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not is_aligned(x):
+            return f"{name} does not lie in pieces of {PIECE_BYTES} bytes"
+    return None
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_dit.kernels import memory
 from sparse_dit.kernels.alike import remembered
-from sparse_dit.kernels.backends import chosen_backend
+from sparse_dit.kernels.backends import chosen_backend, hopper_quantize_refusal
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.gather import gather_tokens, in_token_order
 from sparse_dit.kernels.recorder import noting
@@ -250,8 +250,9 @@ def _attend(
     if precision != "native":
         from sparse_dit.kernels.quantize import quantize
 
-        on = "host" if backend == "host" else "triton"
         tensors, by = ((q, k, v), order) if ordered is None else (ordered, None)
+        # Hopper's attention takes codes of more head sizes than its quantization makes.
+        on = "triton" if backend == "hopper" and hopper_quantize_refusal(*tensors) else backend
         codes = quantize(*tensors, precision=precision, scale=scale, order=by, backend=on)
         if backend == "hopper":
             from sparse_dit.kernels.hopper import hopper_quantized_attention

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from sparse_dit.kernels.backends import hopper_quantize_refusal, quantize_backend
 from sparse_dit.kernels.gather import gather_tokens
 
 LOG2_E = math.log2(math.e)
@@ -94,6 +95,35 @@ class Quantized:
         return q, k, v + self.v_mean[:, :, None]
 
 
+def fresh_codes(q: Tensor, k: Tensor, v: Tensor, precision: str, ordered: bool) -> Quantized:
+    """Memory for the codes of q [B, H, Sq, D], k and v [B, H, Sk, D], with nothing in it yet but v where it stays."""
+    batch, heads, seq_q, head_size = q.shape
+    seq_k, width = k.shape[2], padded(head_size, CODE_ALIGN)
+    padded_k = padded(seq_k, GROUP)
+    fp8 = precision == "int8_fp8"
+
+    def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return q.new_empty((batch, heads, *shape), dtype=dtype)
+
+    codes = v
+    if fp8:
+        codes = fresh(head_size, padded_k, dtype=torch.float8_e4m3fn)
+    elif ordered:
+        codes = fresh(seq_k, head_size, dtype=v.dtype)
+    return Quantized(
+        q=fresh(seq_q, width, dtype=torch.int8),
+        q_scale=fresh(seq_q),
+        lse_shift=fresh(seq_q),
+        k=fresh(padded_k, width, dtype=torch.int8),
+        k_scale=fresh(padded_k // GROUP),
+        v=codes,
+        v_scale=fresh(padded_k // GROUP) if fp8 else None,
+        v_mean=fresh(head_size) if fp8 else None,
+        seq_k=seq_k,
+        head_size=head_size,
+    )
+
+
 def quantize(
     q: Tensor,
     k: Tensor,
@@ -115,17 +145,25 @@ def quantize(
         scale: factor on the scores.
         order: int64 [1 or H, S], token ids in the order in which they enter blocks; None: as they stand.
         rotate: whether q and k are multiplied by Hadamard matrices over channels.
-        backend: "triton", "host", or None: Triton on CUDA.
+        backend: "hopper", "triton", "host", or None: the fastest that takes the tensors.
 
     Raises:
-        ValueError: precision or backend is none of these.
+        ValueError: precision or backend is none of these, or the backend does not take the tensors.
     """
     order = None if order is None else order.contiguous()
     if precision not in LOW_PRECISIONS:
         raise ValueError(f"precision: {precision!r}; valid: one of {LOW_PRECISIONS}")
-    if backend not in (None, "triton", "host"):
-        raise ValueError(f"backend: {backend!r}; valid: 'triton', 'host', or None to choose by device")
-    if backend == "triton" or (backend is None and q.is_cuda):
+    if backend not in (None, "hopper", "triton", "host"):
+        raise ValueError(f"backend: {backend!r}; valid: 'hopper', 'triton', 'host', or None to choose by device")
+    if backend is None:
+        backend = quantize_backend(q, k, v, rotate)
+    elif backend == "hopper" and (reason := hopper_quantize_refusal(q, k, v, rotate)):
+        raise ValueError(f"backend: 'hopper', but {reason}; valid: 'triton', or None to choose")
+    if backend == "hopper":
+        from sparse_dit.kernels.quantize_hopper import hopper_quantize
+
+        return hopper_quantize(q, k, v, precision, scale, order)
+    if backend == "triton":
         from sparse_dit.kernels.quantize_triton import triton_quantize
 
         return triton_quantize(q, k, v, precision, scale, order, rotate)

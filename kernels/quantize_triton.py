@@ -1,6 +1,6 @@
 """Triton: order, smooth, rotate and quantize q, k and v, each read once.
 
-Names as in `attention`. Two launches: the sampled means, a few hundred rows a head, then one pass in tiles of GROUP
+Names as in `attention`. Two launches: the sampled means (`sampled_means_triton`), then one pass in tiles of GROUP
 tokens of q, k or v. Rows are read where the order says they lie. The arithmetic is that of `quantize`, operation by
 operation (no fused multiply-add, divisions rounded to nearest): given equal means, codes without rotation are equal to
 the bit; with it sums over channels run in another order, and a code may differ by 1.
@@ -27,21 +27,15 @@ from sparse_dit.kernels.quantize import (
     INT8_MAX,
     LOG2_E,
     ROTATED,
-    SAMPLE,
     SMALLEST,
     Quantized,
+    fresh_codes,
     padded,
-    rotation,
 )
+from sparse_dit.kernels.sampled_means_triton import launch_means, load_signs, rotation_factors
 from sparse_dit.kernels.tiles import architecture
 
 STEPS = 4  # tiles a program
-
-
-@triton.jit
-def _signs(p_signs, PART: tl.constexpr):
-    o_part = tl.arange(0, PART)
-    return tl.load(p_signs + o_part[:, None] * PART + o_part[None, :])  # [PART, PART]
 
 
 @triton.jit
@@ -62,66 +56,6 @@ def _int8(b_x, b_factor):
     # Adding 1.5 x 2^23 rounds to the nearest integer, halves to even, and leaves it in the low bits: a conversion would
     # cost eight additions.
     return (b_x * b_factor + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-
-
-@triton.jit
-def _sampled_mean(p_x, x_token, x_dim, o_dim, m_dim, seq, taken, STEP: tl.constexpr):
-    b_sum = tl.zeros_like(m_dim).to(tl.float32)
-    for first in range(0, taken, STEP):
-        o_sample = first + tl.arange(0, STEP)
-        p_row = p_x + (o_sample.to(tl.int64) * seq // taken)[:, None] * x_token
-        m_x = (o_sample < taken)[:, None] & m_dim[None, :]
-        b_x = tl.load(p_row + o_dim[None, :] * x_dim, mask=m_x, other=0.0)
-        b_sum += tl.sum(b_x.to(tl.float32), 0)
-    return tl.div_rn(b_sum, tl.zeros_like(b_sum) + taken)
-
-
-@triton.jit
-def sampled_means_kernel(
-    p_k,
-    p_v,
-    p_signs,
-    p_norms,
-    p_k_mean,
-    p_v_mean,
-    k_batch,
-    k_head,
-    k_token,
-    k_dim,
-    v_batch,
-    v_head,
-    v_token,
-    v_dim,
-    seq,
-    taken,
-    FP8: tl.constexpr,
-    ROTATE: tl.constexpr,
-    PIECE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    PART: tl.constexpr,
-    NORM: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Means over `taken` tokens at equal distances: of k, rotated, in programs (h, b, 0), of v in (h, b, 1)."""
-    k_token, v_token = tl.cast(k_token, tl.int64) * PIECE, tl.cast(v_token, tl.int64) * PIECE
-    i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_dim = tl.arange(0, PADDED)
-    m_dim = o_dim < HEAD_SIZE
-    o_mean = (i_b * tl.num_programs(0) + i_h) * HEAD_SIZE + o_dim
-    if tl.program_id(2) == 0:
-        p_k += (i_b * k_batch + i_h * k_head) * PIECE
-        b_mean = _sampled_mean(p_k, k_token, k_dim, o_dim, m_dim, seq, taken, STEP)
-        if ROTATE:
-            b_signs = _signs(p_signs, PART).to(tl.float32)
-            b_parts = tl.sum(tl.reshape(b_mean, [PADDED // PART, PART])[:, :, None] * b_signs[None], 1)
-            b_parts = b_parts * NORM if NORM > 0 else b_parts * tl.load(p_norms + tl.arange(0, PART))[None, :]
-            b_mean = tl.reshape(b_parts, [PADDED])
-        tl.store(p_k_mean + o_mean, b_mean, mask=m_dim)
-    elif FP8:
-        p_v += (i_b * v_batch + i_h * v_head) * PIECE
-        b_mean = _sampled_mean(p_v, v_token, v_dim, o_dim, m_dim, seq, taken, STEP)
-        tl.store(p_v_mean + o_mean, b_mean, mask=m_dim)
 
 
 @triton.jit
@@ -211,7 +145,7 @@ def quantize_kernel(
     if role == 0:
         p_q += (i_b * q_batch + i_h * q_head) * PIECE
         if ROTATE:
-            b_signs = _signs(p_signs, PART)
+            b_signs = load_signs(p_signs, PART)
         o_token = _tokens(p_order, first * TOKENS + o_local, seq_q, ORDERED)
         for i_tile in tl.range(first, tl.minimum(first + STEPS, tl.cdiv(seq_q, TOKENS)), num_stages=STAGES):
             b_x = _tile(p_q, o_token, q_token, o_dim, q_dim, m_dim, MASKED)
@@ -231,7 +165,7 @@ def quantize_kernel(
     elif role == 1:
         p_k += (i_b * k_batch + i_h * k_head) * PIECE
         if ROTATE:
-            b_signs = _signs(p_signs, PART)
+            b_signs = load_signs(p_signs, PART)
         o_token = _tokens(p_order, first * TOKENS + o_local, seq_k, ORDERED)
         for i_tile in tl.range(first, tl.minimum(first + STEPS, padded_k // TOKENS), num_stages=STAGES):
             b_x = _tile(p_k, o_token, k_token, o_dim, k_dim, m_dim, MASKED)
@@ -303,30 +237,13 @@ def constants(precision: str, head_size: int, ordered: bool, rotate: bool, piece
     }
 
 
-def means_constants(fixed: dict[str, Any]) -> dict[str, Any]:
-    """Those of `sampled_means_kernel`, from `constants`."""
-    names = ("FP8", "ROTATE", "PIECE", "HEAD_SIZE", "PADDED", "PART", "NORM")
-    # 16 K elements at once: few steps, each of which waits for memory.
-    return {name: fixed[name] for name in names} | {"STEP": max(2**14 // fixed["PADDED"], 64)}
-
-
 @lru_cache
 def _settings(
     precision: str, head_size: int, ordered: bool, rotate: bool, piece: int, device: torch.device
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """`constants`, `means_constants` and `launch_options` of a call, which does not change them."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`constants` and `launch_options` of a call, which does not change them."""
     fixed = constants(precision, head_size, ordered, rotate, piece)
-    return fixed, means_constants(fixed), launch_options(head_size, architecture(device))
-
-
-@lru_cache
-def _rotation_factors(head_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rotation of the first min(D, ROTATED) channels: signs [PART, PART] and fp32 factors [PART], zero behind D."""
-    width = min(power_of_2(head_size), ROTATED)
-    matrix = torch.zeros(width, width)
-    size = min(head_size, ROTATED)
-    matrix[:size, :size] = rotation(size)
-    return matrix.sign().to(device, dtype), matrix.abs().amax(dim=0).to(device)
+    return fixed, launch_options(head_size, architecture(device))
 
 
 def triton_quantize(
@@ -335,42 +252,21 @@ def triton_quantize(
     """The contract of `quantize.quantize`, arguments already checked."""
     batch, heads, seq_q, head_size = q.shape
     seq_k, padded_k = k.shape[2], padded(k.shape[2], GROUP)
-    fp8 = precision == "int8_fp8"
     piece, strides = steps(q, k, v)
-    fixed, means_fixed, options = _settings(precision, head_size, order is not None, rotate, piece, q.device)
-
-    def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return q.new_empty((batch, heads, *shape), dtype=dtype)
-
-    k_mean, v_mean = fresh(head_size), fresh(head_size) if fp8 else None
-    q_codes, q_scale = fresh(seq_q, fixed["CODES"], dtype=torch.int8), fresh(seq_q)
-    lse_shift = fresh(seq_q)
-    k_codes, k_scale = fresh(padded_k, fixed["CODES"], dtype=torch.int8), fresh(padded_k // GROUP)
-    v_codes, v_scale = v, None
-    if fp8:
-        v_codes = fresh(head_size, padded_k, dtype=torch.float8_e4m3fn)
-        v_scale = fresh(padded_k // GROUP)
-    elif order is not None:
-        v_codes = fresh(seq_k, head_size, dtype=v.dtype)
-    signs, norms = _rotation_factors(head_size, q.dtype, q.device) if rotate else (None, None)
+    fixed, options = _settings(precision, head_size, order is not None, rotate, piece, q.device)
+    codes = fresh_codes(q, k, v, precision, order is not None)
+    factors = rotation_factors(head_size, q.dtype, q.device) if rotate else (None, None)
     with device_of(q):
-        launch_kernel(
-            sampled_means_kernel, (heads, batch, 1 + fp8),
-            k, v, signs, norms, k_mean, v_mean, *strides[4:], seq_k, min(seq_k, SAMPLE),
-            **means_fixed, num_warps=8, enable_fp_fusion=False,
-        )  # fmt: skip
+        k_mean = launch_means(k, v, codes.v_mean, factors, fixed["NORM"])
         tiles = max(cdiv(seq_q, GROUP), padded_k // GROUP)
-        grid = (cdiv(tiles, STEPS), batch * heads, 2 if v_codes is v else 2 + STEPS)
+        grid = (cdiv(tiles, STEPS), batch * heads, 2 if codes.v is v else 2 + STEPS)
         launch_kernel(
             quantize_kernel, grid,
-            q, k, v, order, k_mean, v_mean, signs, norms,
-            q_codes, q_scale, lse_shift, k_codes, k_scale, v_codes, v_scale,
+            q, k, v, order, k_mean, codes.v_mean, *factors,
+            codes.q, codes.q_scale, codes.lse_shift, codes.k, codes.k_scale, codes.v, codes.v_scale,
             *strides,
             0 if order is None or len(order) == 1 else order.stride(0),
             heads, seq_q, seq_k, padded_k, scale, scale * LOG2_E,
             **fixed, **options, enable_fp_fusion=False,
         )  # fmt: skip
-    return Quantized(
-        q=q_codes, q_scale=q_scale, lse_shift=lse_shift, k=k_codes, k_scale=k_scale,
-        v=v_codes, v_scale=v_scale, v_mean=v_mean, seq_k=seq_k, head_size=head_size,
-    )  # fmt: skip
+    return codes

@@ -12,7 +12,7 @@ from offline import architecture_of, report, target_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_dit.kernels import attention, attention_int8, gather_triton, quantize_triton
+from sparse_dit.kernels import attention, attention_int8, gather_triton, quantize_triton, sampled_means_triton
 
 
 class Variant(NamedTuple):
@@ -76,8 +76,9 @@ def quantized_variants(precision: str, architecture: str, every: bool) -> Iterat
         fixed = quantize_triton.constants(precision, head_size, ordered, rotate=True, piece=8)
         options = quantize_triton.launch_options(head_size, architecture)
         yield Variant(quantize_triton.quantize_kernel, fixed, pointers, fusion=False, **options)
-    fixed = quantize_triton.means_constants(fixed)
-    yield Variant(quantize_triton.sampled_means_kernel, fixed, pointers, num_warps=8, fusion=False)
+    # What leads a kernel that waits is an instruction of sm_90.
+    fixed = sampled_means_triton.constants(fp8, 128, rotate=True, piece=8, norm=1.0, leads=every)
+    yield Variant(sampled_means_triton.sampled_means_kernel, fixed, pointers, sampled_means_triton.WARPS, fusion=False)
 
 
 def variants(target: GPUTarget) -> Iterator[Variant]:

@@ -6,6 +6,7 @@ from offline import report
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from sparse_dit.kernels import quantize_hopper
 from sparse_dit.kernels.attention_hopper import hopper_forward_kernel
 from sparse_dit.kernels.means_hopper import hopper_means_kernel
 
@@ -20,6 +21,8 @@ VARIANTS = (
     ("int8_fp8", 128, 64, True),
 )
 MEANS = ((128, 128), (64, 32), (72, 64))  # head size, keys a block
+# precision, head size, with an order
+QUANTIZED = (("int8", 128, False), ("int8", 64, True), ("int8_fp8", 128, True), ("int8_fp8", 64, False))
 
 
 def descriptor(dtype: str, rows: int, columns: int) -> str:
@@ -70,9 +73,32 @@ def means_source(head_size: int, block_k: int) -> GluonASTSource:
     return GluonASTSource(hopper_means_kernel, signature, constexprs=constants, attrs={})
 
 
+def quantize_source(precision: str, head_size: int, ordered: bool) -> GluonASTSource:
+    fp8 = precision == "int8_fp8"
+    fixed = quantize_hopper.constants(precision, head_size, ordered, piece=8) | dict.fromkeys(
+        ("q_dim", "k_dim", "v_dim"), 1
+    )
+    if not ordered:
+        fixed["p_order"] = None
+    if not fp8:
+        fixed |= dict.fromkeys(("p_v_mean", "p_ones", "p_v_scale"))
+    types = dict.fromkeys(("p_q", "p_k", "p_v", "p_signs", "p_ones"), "*bf16") | {"p_order": "*i64"}
+    types |= {"p_q_codes": "*i8", "p_k_codes": "*i8", "p_v_codes": "*fp8e4nv" if fp8 else "*bf16"}
+    types |= {"scale": "fp32", "scale_log2": "fp32"}
+    names = quantize_hopper.hopper_quantize_kernel.arg_names
+    signature = {name: types.get(name, "*fp32" if name.startswith("p_") else "i32") for name in names}
+    signature |= dict.fromkeys(fixed, "constexpr")
+    constants = {(position,): fixed[name] for position, name in enumerate(names) if name in fixed}
+    aligned = [position for position, name in enumerate(names) if signature[name].startswith("*")]
+    attributes = {(position,): [["tt.divisibility", 16]] for position in aligned}
+    return GluonASTSource(quantize_hopper.hopper_quantize_kernel, signature, constexprs=constants, attrs=attributes)
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         for variant in VARIANTS:
             report(name, source(*variant), {"num_warps": 4})
         for head_size, block_k in MEANS:
             report(name, means_source(head_size, block_k), {"num_warps": 4})
+        for precision, head_size, ordered in QUANTIZED:
+            report(name, quantize_source(precision, head_size, ordered), quantize_hopper.launch_options(head_size))

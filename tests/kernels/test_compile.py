@@ -21,7 +21,7 @@ BLOCKS |= {"digit_kernel", "ties_kernel", "taken_kernel", "bits_to_lists_kernel"
 CHOOSING = {"order_means_kernel", "scores_kernel", "block_scores_kernel", "parts_kernel"}
 CHOOSING |= {"rows_kernel", "rows_error_kernel"}
 SUMMARY = {"means_kernel", "skipped_tiles_kernel", "summary_kernel"}
-HOPPER = {"hopper_forward_kernel", "hopper_means_kernel"}
+HOPPER = {"hopper_forward_kernel", "hopper_means_kernel", "hopper_quantize_kernel"}
 # Program, the targets of one run of it, its kernels. The longest goes target by target, for the sake of two cores.
 RUNS = (
     *(("compile_offline.py", (target,), ATTENTION) for target in TARGETS),
@@ -56,4 +56,4 @@ def test_compiles_for(program, targets, kernels, printed_by):
     if kernels is SUMMARY:
         assert len(on_hopper) == 8
     if kernels is HOPPER:
-        assert len(on_hopper) == 10
+        assert len(on_hopper) == 14

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from einops import rearrange
 
-from sparse_dit.kernels.backends import TRITON_HEAD_SIZES
+from sparse_dit.kernels.backends import HOPPER_QUANTIZED, TRITON_HEAD_SIZES, quantize_backend
 from sparse_dit.kernels.gather import gather_tokens
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
@@ -130,16 +131,50 @@ def test_refusals(qkv):
     q, k, v = qkv(1, 1, 16, 64)
     with pytest.raises(ValueError, match=r"^precision: 'native'; valid: one of \('int8', 'int8_fp8'\)$"):
         quantize(q, k, v, precision="native", scale=SCALE)
-    with pytest.raises(ValueError, match=r"^backend: 'cuda'; valid: 'triton', 'host', or None to choose by device$"):
+    valid = "'hopper', 'triton', 'host', or None to choose by device"
+    with pytest.raises(ValueError, match=rf"^backend: 'cuda'; valid: {valid}$"):
         quantize(q, k, v, precision="int8", scale=SCALE, backend="cuda")
 
 
-def check_against_torch(q, k, v, precision, order, rotate):
+def test_what_the_hopper_pass_does_not_take(qkv):
+    def refusal(q, k, v, **settings):
+        with pytest.raises(
+            ValueError, match=r"^backend: 'hopper', but .*; valid: 'triton', or None to choose$"
+        ) as told:
+            quantize(q, k, v, precision="int8", scale=SCALE, backend="hopper", **settings)
+        return str(told.value).removeprefix("backend: 'hopper', but ").partition(";")[0]
+
+    q, k, v = qkv(1, 2, 16, 64, torch.float16)
+    assert refusal(q, k, v, rotate=False) == "it always rotates"
+    assert refusal(q, k[:, :, 1:], v[:, :, 1:]) == "there are 16 queries and 15 keys"
+    assert refusal(q, k, v.mT.contiguous().mT) == "v does not lie in pieces of 16 bytes"
+    assert refusal(*qkv(1, 2, 16, 72, torch.float16)) == "head size 72 is not one of (64, 128)"
+    assert quantize_backend(q, k, v) == "host"
+
+
+def test_columns_of_hopper_products_are_those_that_a_thread_stores():
+    """Columns 8 j + 2 t + e of a product, which a thread t has, are columns 16 t + 2 j + e of what is wanted."""
+    from sparse_dit.kernels.quantize_hopper import _matrices
+
+    signs, ones = _matrices(torch.float32, torch.device("cpu"))
+    x = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+
+    def stored(product):
+        return rearrange(product, "m (j t e) -> m (t j e)", t=4, e=2)
+
+    left, right = (stored(half @ signs) for half in x.split(64, dim=1))
+    torch.testing.assert_close(left / 8, x[:, :64] @ rotation(64))
+    torch.testing.assert_close(torch.cat((left + right, left - right), dim=1) * 128**-0.5, x @ rotation(128))
+    placed = torch.cat([stored(half.mT @ ones) for half in x.split(64)], dim=1)
+    assert placed.equal(rearrange(x, "(n i t e) d -> d (n t i e)", i=2, t=4, e=2))
+
+
+def check_against_torch(q, k, v, precision, order, rotate, backend="triton"):
     """Triton's codes are torch's to the bit, and off by at most one with rotation, whose sums have no fixed order.
 
     q, k and v are multiples of 1/8: then means are the same whatever the order of their sums.
     """
-    found = quantize(q, k, v, precision=precision, scale=SCALE, order=order, rotate=rotate, backend="triton")
+    found = quantize(q, k, v, precision=precision, scale=SCALE, order=order, rotate=rotate, backend=backend)
     host = (x.cpu() for x in (q, k, v))
     order = None if order is None else order.cpu()
     expected = quantize(*host, precision=precision, scale=SCALE, order=order, rotate=rotate, backend="host")
@@ -194,6 +229,27 @@ class TestCuda:
         q, k, v = eighths(2, 3, seq, head_size, torch.bfloat16, "cuda")
         order = orders(order_heads, seq, "cuda") if order_heads else None
         check_against_torch(q, k, v, precision, order, rotate)
+
+    @pytest.mark.parametrize("order_heads", [0, 1, 3])
+    @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
+    @pytest.mark.parametrize("head_size", HOPPER_QUANTIZED)
+    @pytest.mark.parametrize(("batch", "seq"), [(1, 1), (2, 127), (1, 129), (2, 1000)])
+    def test_hopper_codes(self, eighths, batch, seq, head_size, precision, order_heads):
+        q, k, v = eighths(batch, 3, seq, head_size, torch.bfloat16, "cuda")
+        if quantize_backend(q, k, v) != "hopper":
+            pytest.skip("needs a Hopper GPU")
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        order = orders(order_heads, seq, "cuda") if order_heads else None
+        torch.full((2**24,), torch.nan, device="cuda")  # what fresh memory will hold
+        check_against_torch(q, k, v, precision, order, True, "hopper")
+
+    @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
+    @pytest.mark.parametrize("head_size", HOPPER_QUANTIZED)
+    def test_hopper_programs_take_several_tiles_each(self, eighths, head_size, precision):
+        q, k, v = eighths(1, 40, 2304, head_size, torch.float16, "cuda")
+        if quantize_backend(q, k, v) != "hopper":
+            pytest.skip("needs a Hopper GPU")
+        check_against_torch(q, k, v, precision, None, True, "hopper")
 
     @pytest.mark.parametrize(("precision", "most"), [("int8", 0.015), ("int8_fp8", 0.04)])
     @pytest.mark.parametrize("head_size", [64, 128])
