@@ -14,7 +14,7 @@ HOPPER = {
         "select",
         "density",
         "sampled_means",
-        "quantize",
+        "hopper_quantize",
         "lift",
         "hopper_forward",
     ],
