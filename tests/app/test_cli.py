@@ -101,6 +101,20 @@ def test_generate_writes_one_video(mini_wan: Path, tmp_path: Path, capsys: pytes
     assert str(video) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["compare", "generate"])
+def test_a_run_without_a_sparse_call_is_told(
+    command: str, mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / ("out" if command == "compare" else "clip.mp4"))
+    arguments = [command, "--model", str(mini_wan), *PROMPT, *SIZE, "--out", out]
+    assert main([*arguments, *SMALL_BLOCKS[:4], "--recipe.schedule.dense_steps", "3"]) == 0
+    told = "sparse-dit: warning: every call was dense (12 dense_steps); have fewer of --recipe.schedule.dense_steps"
+    assert capsys.readouterr().err.count(told) == 1
+    for options in (["--recipe", "dense"], SMALL_BLOCKS):
+        assert main([*arguments, *options]) == 0
+        assert "warning" not in capsys.readouterr().err
+
+
 def test_families_lists_every_family(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from sparse_dit.pipelines.families import DENSE_FAMILIES, FAMILIES
 
