@@ -32,7 +32,7 @@ def read_comparison(folder: Path) -> tuple[Row, Path, Path]:
     except (OSError, ValueError) as error:
         raise ValueError(f"clips: {str(record)!r} cannot be read ({type(error).__name__})") from None
     videos = [sorted(folder.glob(f"{name}.*")) for name in ("dense", "sparse")]
-    if not isinstance(row, dict) or not _SHOWN <= row.keys() or not all(videos):
+    if not isinstance(row, dict) or not row.keys() >= _SHOWN or not all(videos):
         raise ValueError(f"clips: {str(folder)!r}; valid: a folder that sparse-dit compare wrote")
     return row, videos[0][0], videos[1][0]
 

@@ -53,7 +53,7 @@ BAD = {
     "density of a sweep": (["eval", "--densities", "2"], "(0, 1]"),
     "batch of a sweep": (["eval", "--batch", "0"], "from 1"),
     "missing rows": (["report", "--rows", "no/such.jsonl"], "no/such.jsonl"),
-    "missing probes": (["report", "--probes", "no/such.jsonl"], "valid: a JSONL file"),
+    "missing probes": (["report", "--rows", "--probes", "no/such.jsonl"], "error: probes: 'no/such.jsonl' is no file"),
     "rows of zero": (["probe", *PROMPT, "--rows", "0"], "from 1"),
     "missing video": (["compare-files", "no.mp4", "such.mp4"], "no.mp4"),
     "one video": (["compare-files", "no.mp4"], "reference"),
