@@ -10,7 +10,7 @@ from sparse_dit.app import tables
 from sparse_dit.app.bench import bench_e2e, bench_kernels, bench_models, tune_tiles
 from sparse_dit.app.calibrate import TILE, sampling_of, search_of
 from sparse_dit.app.demo.serve import demo
-from sparse_dit.app.output import output_folder, warn
+from sparse_dit.app.output import output_folder, warn, warn_if_dense
 from sparse_dit.app.report import report
 from sparse_dit.app.setup import Setup
 from sparse_dit.app.tune import tune
@@ -31,7 +31,7 @@ def generate(request: Request, setup: Setup, out: str = "outputs/video.mp4", fps
         out: the video file, .mp4 or .webp (which needs no ffmpeg).
         fps: frames a second of the video.
     """
-    from sparse_dit.pipelines.patch import enable
+    from sparse_dit.pipelines.patch import enable, summary
     from sparse_dit.recipe import load_recipe
 
     recipe = load_recipe(setup.recipe)
@@ -40,6 +40,8 @@ def generate(request: Request, setup: Setup, out: str = "outputs/video.mp4", fps
     with output_folder(video.parent) as folder:
         pipe = enable(setup.load(), recipe)
         write_video(run_pipeline(pipe, request), folder / video.name, fps)
+    done = summary(pipe)
+    warn_if_dense(done.sparse, done.dense)
     print(f"wrote {video}")
 
 
@@ -75,6 +77,7 @@ def compare(
             write_video(frames, folder / name, fps)
         (folder / "result.json").write_text(results.to_json(record, indent=2) + "\n", encoding="utf-8")
     tables.print_comparison(record, os.fspath(out), [*names, "result.json"])
+    warn_if_dense(record["calls"]["sparse"], record["calls"]["dense"])
 
 
 def methods(json: bool = False) -> None:

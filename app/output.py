@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,20 @@ def warn(line: str) -> str:
     """Tells on stderr of what went wrong while the rest goes on, and returns it."""
     print(f"sparse-dit: warning: {line}", file=sys.stderr)
     return line
+
+
+def warn_if_dense(sparse: int, dense: Mapping[str, int]) -> None:
+    """Warns where a recipe that is not dense itself made no call sparse: then dense was compared with dense.
+
+    Args:
+        sparse: calls that ran sparse.
+        dense: the other calls by reason, as in a summary.
+    """
+    if sparse or not dense.keys() - {"recipe"}:
+        return
+    told = ", ".join(f"{count} {reason}" for reason, count in dense.items())
+    hint = "; have fewer of --recipe.schedule.dense_steps than steps" if "dense_steps" in dense else ""
+    warn(f"every call was dense ({told}){hint}")
 
 
 @contextmanager

@@ -2,8 +2,12 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparse_dit.app.output import output_folder, warn
+
+if TYPE_CHECKING:
+    from sparse_dit.eval.results import Row
 
 ROWS = ["eval/results/radial-tiny-wan.jsonl"]
 NONE: list[str] = []
@@ -40,23 +44,13 @@ def report(
     from sparse_dit.eval.parquet import write_parquet
     from sparse_dit.eval.plots import pictures as drawn_into
     from sparse_dit.eval.report import tables
-    from sparse_dit.eval.results import Row, read_rows
     from sparse_dit.eval.vbench import join, load_scores
     from sparse_dit.pipelines.disk import write_file
 
-    complaints: list[str] = []
-
-    def load(names: list[str]) -> list[Row]:
-        found: list[Row] = []
-        for name in names:
-            if not Path(name).is_file():
-                raise ValueError(f"rows: {name!r} is no file; valid: a JSONL file of result rows")
-            read, damaged = read_rows(Path(name))
-            complaints.extend(warn(line) for line in damaged)
-            found += read
-        return found
-
-    compared, probed, looked = load(rows), load(probes), load(distances)
+    compared, complaints = _load("rows", rows)
+    probed, torn = _load("probes", probes)
+    looked, worn = _load("distances", distances)
+    complaints += torn + worn
     if vbench:
         compared, lost = join(compared, [load_scores(Path(name)) for name in vbench])
         complaints.extend(warn(line) for line in lost)
@@ -72,6 +66,21 @@ def report(
         write_parquet(compared, _with_folder(parquet))
     print(f"wrote {', '.join([*written, *filter(None, [markdown, parquet])])}")
     return 1 if complaints else 0
+
+
+def _load(option: str, names: list[str]) -> tuple[list["Row"], list[str]]:
+    """The rows of files one after the other, and what is said of lines that are none."""
+    from sparse_dit.eval.results import read_rows
+
+    rows: list[Row] = []
+    complaints: list[str] = []
+    for name in names:
+        if not Path(name).is_file():
+            raise ValueError(f"{option}: {name!r} is no file; valid: a JSONL file of result rows")
+        read, damaged = read_rows(Path(name))
+        rows += read
+        complaints += [warn(line) for line in damaged]
+    return rows, complaints
 
 
 def _with_folder(name: str) -> Path:

@@ -23,7 +23,7 @@ def print_comparison(record: dict[str, Any], out: str, files: Sequence[str]) -> 
     density = record["density"]
     table.add_row("density of sparse calls", "1", "none" if density is None else f"{density:.3f}", "")
     table.add_row("run density", "1", f"{record['run_density']:.3f}", "")
-    table.add_row("PSNR, mean / worst frame", "", f"{record['psnr']:.2f} / {record['psnr_min']:.2f} dB", "")
+    table.add_row("PSNR (dB), mean / worst frame", "", f"{record['psnr']:.2f} / {record['psnr_min']:.2f}", "")
     table.add_row("SSIM, mean / worst frame", "", f"{record['ssim']:.4f} / {record['ssim_min']:.4f}", "")
     if record["flicker"] is not None:
         table.add_row("flicker, mean / worst frame", "", f"{record['flicker']:.4f} / {record['flicker_max']:.4f}", "")

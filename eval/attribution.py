@@ -21,7 +21,7 @@ import torch
 from sparse_dit.engine import is_dense
 from sparse_dit.eval import metrics, results
 from sparse_dit.eval.attention_time import Taken, call_ratios, take_calls
-from sparse_dit.eval.pair import DENSE, asking, plan_arguments, run
+from sparse_dit.eval.pair import DENSE, Run, asking, plan_arguments, run
 from sparse_dit.eval.stages import STAGES, split, stages
 from sparse_dit.eval.sweep import FAILURES, reason
 from sparse_dit.layout import TokenLayout
@@ -96,19 +96,13 @@ def attribute(
                 continue
             row = {**shared, "arm": arm, "recipe": each.to_dict(), "round": number}
             try:
-                with stages(pipe) as watch:
-                    if number == 0:
-                        run(pipe, [replace(request, steps=1)], replace(each, schedule=Schedule()), warm_up=False)
-                    before = watch.seconds()
-                    done = run(pipe, [request], each, warm_up=False)
-                    parts = {name: seconds - before.get(name, 0.0) for name, seconds in watch.seconds().items()}
+                done, seconds = _timed(pipe, request, each, warm_up=number == 0)
             except FAILURES as error:
                 if arm == STOCK:
                     raise
                 failed.add(arm)
                 yield {**row, "status": "failed", "reason": reason(error)}
                 continue
-            seconds = {"whole": done.seconds, **split(done.seconds, done.summary.attention_seconds or 0.0, parts)}
             stock = stock or {"seconds": seconds, "frames": done.frames[0]}
             over = {part: seconds[part] / stock["seconds"][part] for part in ("whole", "attention")}
             quality = metrics.measure(done.frames[0], stock["frames"])
@@ -122,6 +116,17 @@ def attribute(
                 "backend": done.summary.backend,
                 **{name: quality[name] for name in ("psnr", "ssim", "difference_max")},
             }
+
+
+def _timed(pipe: DiffusionPipeline, request: Request, recipe: Recipe, *, warm_up: bool) -> tuple[Run, dict[str, float]]:
+    """A run, and its seconds by stage."""
+    with stages(pipe) as watch:
+        if warm_up:
+            run(pipe, [replace(request, steps=1)], replace(recipe, schedule=Schedule()), warm_up=False)
+        before = watch.seconds()
+        done = run(pipe, [request], recipe, warm_up=False)
+        parts = {name: seconds - before.get(name, 0.0) for name, seconds in watch.seconds().items()}
+    return done, {"whole": done.seconds, **split(done.seconds, done.summary.attention_seconds or 0.0, parts)}
 
 
 def summarize(rows: Sequence[results.Row]) -> list[dict[str, Any]]:

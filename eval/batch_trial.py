@@ -117,9 +117,11 @@ class Spent:
 
     @classmethod
     def now(cls) -> "Spent":
+        """Spent until now, from a beginning that only differences tell."""
         return cls(time.perf_counter(), sum(os.times()[:4]))
 
     def since(self, start: "Spent") -> "Spent":
+        """What was spent since an earlier moment, in seconds."""
         return Spent(self.seconds - start.seconds, self.cpu_seconds - start.cpu_seconds)
 
 

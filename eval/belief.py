@@ -81,11 +81,13 @@ class Belief:
 
     @property
     def mean(self) -> Floats:
+        """[candidates], the mean quality over all prompts as believed, in the unit of the qualities told."""
         found: Floats = self._cells.mean(axis=1)
         return found
 
     @property
     def covariance(self) -> Floats:
+        """[candidates, candidates], the covariance of those means, in that unit squared."""
         found: Floats = (self._left + _ROUNDING * np.eye(len(self._left))) * self._unit
         return found
 

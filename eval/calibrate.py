@@ -111,22 +111,15 @@ def calibrate(
     plan = explain(pipe, whole, **plan_arguments(pipe, replace(request, prompt="")))
     asked = asking(pipe, replace(request, prompt=""))
     bins = sampling.cut(search, asked["steps"])
+    looking = {name: value for name, value in _settings(search).items() if name not in search.settling}
+    sought = {"model": model, "asked": asked, "method": _name_of(search), "looking": looking, "prompts": list(prompts)}
+    places, blocks = sampling.places(bins, asked["steps"]), (whole.block_q, whole.block_k)
     before: Any = None
     for number in range(search.passes):
-        looking = {name: value for name, value in _settings(search).items() if name not in search.settling}
-        digest = results.identity(
-            model=model,
-            asked=asked,
-            method=_name_of(search),
-            looking=looking,
-            number=number,
-            prompts=list(prompts),
-            blocks=[sampling.block_q, sampling.block_k],
-        )
-        parts = _Parts(out.with_suffix(".parts"), digest, sampling.places(bins, asked["steps"]), len(prompts))
+        digest = results.identity(number=number, blocks=list(blocks), **sought)
+        parts = _Parts(out.with_suffix(".parts"), digest, places, len(prompts))
         for index, prompt in enumerate(tqdm(prompts, desc=f"pass {number + 1} of {search.passes}", unit="prompt")):
-            missing = {step for step in parts.places if not parts.path(index, step).exists()}
-            if missing:
+            if missing := {step for step in places if not parts.path(index, step).exists()}:
                 look = _Look(search, number, before, parts, index, missing, plan.layers)
                 with sparse(pipe, replace(whole, selection=look)):
                     generate(pipe, replace(request, prompt=prompt, seed=request.seed + index))
@@ -134,7 +127,7 @@ def calibrate(
         if number + 1 < search.passes:
             before = search.between(parts, plan.layers)
     layout, heads = parts.origin()
-    found = search.settle(parts, before, layout, (whole.block_q, whole.block_k), plan.layers, len(bins))
+    found = search.settle(parts, before, layout, blocks, plan.layers, len(bins))
     about = {
         "model": model,
         "asked": asked,
@@ -143,21 +136,8 @@ def calibrate(
         "device": results.device_of(pipe.device, pipe.transformer.dtype),
         **results.provenance(),
     }
-    profile = Profile(
-        _name_of(search),
-        Model(plan.model, plan.layers, heads),
-        layout,
-        whole.block_q,
-        whole.block_k,
-        asked["steps"],
-        bins,
-        found.patterns,
-        found.pattern,
-        found.stripes,
-        found.axes,
-        found.masks,
-        about,
-    )
+    of = Model(plan.model, plan.layers, heads)
+    profile = Profile(_name_of(search), of, layout, *blocks, asked["steps"], bins, **vars(found), about=about)
     profile = replace(profile, about={"density": profile_density(profile, layout), **about})
     profile.save(out)
     return profile

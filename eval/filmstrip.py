@@ -17,6 +17,7 @@ from sparse_dit.eval.side_by_side import difference_gain
 _HEIGHT = 160  # pixels of a frame at most
 _FRAMES = 5
 _GAP = 3  # pixels
+_SHOWN = {"recipe", "run_density", "psnr", "prompt"}  # of a record
 
 
 def read_comparison(folder: Path) -> tuple[Row, Path, Path]:
@@ -31,7 +32,7 @@ def read_comparison(folder: Path) -> tuple[Row, Path, Path]:
     except (OSError, ValueError) as error:
         raise ValueError(f"clips: {str(record)!r} cannot be read ({type(error).__name__})") from None
     videos = [sorted(folder.glob(f"{name}.*")) for name in ("dense", "sparse")]
-    if not isinstance(row, dict) or not all(videos):
+    if not isinstance(row, dict) or not row.keys() >= _SHOWN or not all(videos):
         raise ValueError(f"clips: {str(folder)!r}; valid: a folder that sparse-dit compare wrote")
     return row, videos[0][0], videos[1][0]
 

@@ -168,8 +168,8 @@ def probe(pipe: DiffusionPipeline, request: Request, recipe: Recipe, *, model: s
     middle = tuple(side // 2 for side in plan.grid)
     token = plan.text_before + int(np.ravel_multi_index(middle, plan.grid))
     sparse_steps = [step.step for step in plan.steps if step.sparse_layers] or [0]
-    step, last = sparse_steps[len(sparse_steps) // 2], plan.layers - 1
-    look = Look(token, frozenset(Place(step, layer, 0) for layer in (0, last // 2, last)))
+    step = sparse_steps[len(sparse_steps) // 2]
+    look = Look(token, frozenset(Place(step, layer, 0) for layer in _some_layers(pipe)))
     with sparse(pipe, recipe), probed(pipe, rows=rows, look=look) as found:
         frames = generate(pipe, request)
     video = slice(plan.text_before, plan.text_before + math.prod(plan.grid))
@@ -191,6 +191,15 @@ def probe(pipe: DiffusionPipeline, request: Request, recipe: Recipe, *, model: s
         "device": results.device_of(pipe.device, pipe.transformer.dtype),
         **results.provenance(),
     }
+
+
+def _some_layers(pipe: Any) -> Iterator[int]:
+    """First, middle and last layer of each transformer: which of two makes a step is not known beforehand."""
+    begin = 0
+    for transformer in transformers_of(pipe).values():
+        last = len(family_of(transformer).attentions(transformer)) - 1
+        yield from (begin, begin + last // 2, begin + last)
+        begin += last + 1
 
 
 def _bits(mask: torch.Tensor) -> str:

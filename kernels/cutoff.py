@@ -21,8 +21,10 @@ def take_mass(gates: Tensor, own: Tensor, threshold: float) -> Tensor:
         bool [pools, rows, columns].
 
     Raises:
-        ValueError: a shape or dtype is not as above.
+        ValueError: a shape or dtype is not as above, or the threshold is no share.
     """
+    if not 0.0 < threshold <= 1.0:
+        raise ValueError(f"threshold: {threshold!r}; valid: a share in (0, 1]")
     fits = own.dtype is torch.bool and own.ndim == 3 and own.shape[0] in (1, len(gates))
     if gates.dtype is not torch.float32 or gates.ndim != 3 or 0 in gates.shape:
         raise ValueError(f"gates: {gates.dtype} {list(gates.shape)}; valid: torch.float32 [pools, rows, columns]")

@@ -13,6 +13,7 @@ from sparse_dit.engine import Run
 from sparse_dit.forecast import forecast, whole_steps
 from sparse_dit.layout import TokenLayout
 from sparse_dit.pipelines.families import Family, dense_family_of, family_of
+from sparse_dit.pipelines.families.sources import Grid
 from sparse_dit.pipelines.transformers import layers_of, transformers_of
 from sparse_dit.recipe import Recipe, load_recipe
 
@@ -127,53 +128,39 @@ def explain(
         pipe: a diffusers pipeline, or a bare transformer; it is not changed.
         recipe: as `enable`.
         height, width: of the video or image, in pixels; for a bare transformer of its latents.
-        num_frames: frames of the video; for a bare transformer of its latents.
+        num_frames: frames of the video, one more than a multiple of the VAE's factor (other numbers are read as Wan's
+            pipeline rounds them); for a bare transformer of its latents.
         num_inference_steps: denoising steps. Their noise levels are the scheduler's own; some pipelines (FLUX,
             Qwen-Image, LTX, HunyuanVideo, Mochi) pass others, which differ by less than a step. A bare transformer
             knows no schedule: its noise levels fall evenly.
         text_tokens: text tokens of the prompt in the self-attention; `None` is what is usual for the model.
 
     Raises:
-        ValueError: as `enable`, and for a size below 1; one line. A family that must stay dense is explained, not
-            refused.
+        ValueError: as `enable`, and for a size below 1 or below one token; one line. A family that must stay dense is
+            explained, not refused.
     """
     chosen = load_recipe(recipe)
     transformer: Any = next(iter(transformers_of(pipe).values()))
     if refused := dense_family_of(transformer):
         return _stays_dense(transformer, chosen, refused.reason)
     family = family_of(transformer)
-    sizes = {"height": height, "width": width, "num_frames": num_frames, "num_inference_steps": num_inference_steps}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: {size!r}; valid: a positive whole number")
-    latents = (num_frames, height, width)
-    if pipe is not transformer:
-        latents = _latent_size(pipe, *latents)
-    grid = family.grid.of_latents(latents, transformer.config)
+    _check_sizes(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps)
+    grid = _grid(pipe, transformer, family, num_frames, height, width)
+    layout = family.usual_layout(grid, transformer.config, text_tokens)
     attentions = list(layers_of(transformer, family, chosen).values())
     layers = len(attentions)
-    layout = family.usual_layout(grid, transformer.config, text_tokens)
     steps = _step_plans(chosen, layout, layers, _noise_levels(pipe, family, num_inference_steps))
-    told = forecast(
-        chosen,
-        layout,
-        layers=layers,
-        branches=2 if hasattr(pipe, "do_classifier_free_guidance") else 1,
-        shape=(1, *_heads(attentions[0], transformer.config, layout.length)),
-        dtype=torch.bfloat16,
-    )
+    branches = 2 if hasattr(pipe, "do_classifier_free_guidance") else 1
+    shape = (1, *_heads(attentions[0], transformer.config, layout.length))
+    told = forecast(chosen, layout, layers=layers, branches=branches, shape=shape, dtype=torch.bfloat16)
     sparse_share = sum(step.sparse_layers for step in steps) / (layers * len(steps))
     return Explanation(
-        model=type(transformer).__name__,
-        recipe=chosen.to_dict(),
-        remark=family.remark,
+        **_common(transformer, chosen, family.remark),
         grid=layout.grid,
         text_before=layout.text_before,
         text_after=layout.text_after,
         tokens=layout.length,
         layers=layers,
-        block_q=chosen.block_q,
-        block_k=chosen.block_k,
         blocks=(-(-layout.length // chosen.block_q), -(-layout.length // chosen.block_k)),
         density=told.density,
         run_density=None if told.density is None else 1.0 - sparse_share * (1.0 - told.density),
@@ -185,16 +172,12 @@ def explain(
 
 def _stays_dense(transformer: object, recipe: Recipe, reason: str) -> Explanation:
     return Explanation(
-        model=type(transformer).__name__,
-        recipe=recipe.to_dict(),
-        remark=reason,
+        **_common(transformer, recipe, reason),
         grid=(0, 0, 0),
         text_before=0,
         text_after=0,
         tokens=0,
         layers=0,
-        block_q=recipe.block_q,
-        block_k=recipe.block_k,
         blocks=(0, 0),
         density=1.0,
         run_density=1.0,
@@ -202,6 +185,17 @@ def _stays_dense(transformer: object, recipe: Recipe, reason: str) -> Explanatio
         state_bytes=0,
         steps=(),
     )
+
+
+def _common(transformer: object, recipe: Recipe, remark: str) -> dict[str, Any]:
+    """What stands in every explanation, by field."""
+    return {
+        "model": type(transformer).__name__,
+        "recipe": recipe.to_dict(),
+        "remark": remark,
+        "block_q": recipe.block_q,
+        "block_k": recipe.block_k,
+    }
 
 
 def _told(density: float | None) -> str:
@@ -218,13 +212,32 @@ def _heads(attention: Any, config: Any, tokens: int) -> tuple[int, int, int]:
     return heads, tokens, size
 
 
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: {size!r}; valid: a positive whole number")
+
+
+def _grid(pipe: Any, transformer: Any, family: Family, num_frames: int, height: int, width: int) -> Grid:
+    """(T, H, W), video tokens for a size in pixels, or of latents for a bare transformer."""
+    latents = (num_frames, height, width)
+    if pipe is not transformer:
+        latents = _latent_size(pipe, *latents)
+    grid = family.grid.of_latents(latents, transformer.config)
+    for name, size, side in zip(("num_frames", "height", "width"), (num_frames, height, width), grid, strict=True):
+        if side < 1:
+            raise ValueError(f"{name}: {size!r} is less than one token of {type(transformer).__name__}; valid: more")
+    return grid
+
+
 def _latent_size(pipe: Any, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
     """Frames, rows and columns of the latents for a size in pixels."""
     spatial = next((getattr(pipe, name) for name in SPATIAL if hasattr(pipe, name)), None)
     if spatial is None:
         raise ValueError(f"pipe: {type(pipe).__name__} does not tell the latent size; valid: its transformer")
     temporal = next((getattr(pipe, name) for name in TEMPORAL if hasattr(pipe, name)), 1)
-    # Pipelines round the number of frames to one more than a multiple of the VAE's factor, as this does.
+    # Wan's pipelines round to one more than a multiple of the VAE's factor, as this does; others take no other numbers,
+    # or round them down.
     frames = num_frames // temporal + 1 if temporal > 1 else num_frames
     return frames, height // spatial, width // spatial
 

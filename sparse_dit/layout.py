@@ -1,6 +1,7 @@
 """Where the tokens of one self-attention call come from."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -18,7 +19,7 @@ class TokenLayout:
         text_after: number of text tokens behind the video tokens.
 
     Raises:
-        ValueError: a side of the grid is below 1, or a text span is negative.
+        ValueError: a side of the grid is below 1, a text span is negative, or one of them is no whole number.
     """
 
     grid: tuple[int, int, int]
@@ -26,11 +27,12 @@ class TokenLayout:
     text_after: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.grid) != 3 or any(side < 1 for side in self.grid):
+        if len(self.grid) != 3 or not all(isinstance(side, Integral) and side > 0 for side in self.grid):
             raise ValueError(f"grid: {self.grid!r}; valid: (T, H, W), three positive whole numbers")
         for name in ("text_before", "text_after"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)!r}; valid: 0 or more tokens")
+            tokens = getattr(self, name)
+            if not isinstance(tokens, Integral) or tokens < 0:
+                raise ValueError(f"{name}: {tokens!r}; valid: 0 or more tokens, a whole number")
 
     @property
     def frames(self) -> int:

@@ -224,7 +224,10 @@ def load_profile(path: Path) -> Profile:
     Raises:
         ValueError: no profile, of another schema, or with parts that do not fit together; one line.
     """
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from None
     return _loaded(path.absolute(), stat.st_mtime_ns, stat.st_size)
 
 
@@ -247,7 +250,7 @@ def _loaded(path: Path, changed: int, size: int) -> Profile:
             about=header["about"],
             **tensors,
         )
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"profile: {str(path)!r} is damaged ({error}); valid: as calibrate writes it") from None
     except ValueError as error:
         raise ValueError(f"{error} (in {str(path)!r})") from None
@@ -277,11 +280,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[_HEADER])
+            if not isinstance(header, dict):
+                raise TypeError("the header holds no names")
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"profile: {str(path)!r} cannot be read ({type(error).__name__}); valid: a file that calibrate wrote"
-        ) from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"profile: {str(path)!r} cannot be read ({type(error).__name__}); valid: a file that calibrate wrote"
+    )
 
 
 def _tensors(profile: Profile) -> dict[str, torch.Tensor]:

@@ -63,13 +63,13 @@ class Reuse:
 
     Args:
         ratio: whether the sparse output is scaled by rho.
-        ramp: what is added to rho for every further step (lambda in the paper).
+        ramp: what is added to rho for every further step (lambda in the paper); with `ratio` only.
         summary: whether skipped blocks enter the softmax as with `Summarize`; without `ratio` only.
         part: so many tokens, one after the other in the recipe's order, keep the mean of their R instead of each its
             own, which is as many times less to keep; without `ratio` only.
 
     Raises:
-        ValueError: a value is out of its range, or goes without `ratio` only.
+        ValueError: a value is out of its range, or does not go with `ratio` as it is.
     """
 
     UNSAID: ClassVar[tuple[str, ...]] = ("summary", "part")
@@ -87,6 +87,9 @@ class Reuse:
         for name, default in (("summary", False), ("part", 1)):
             if self.ratio and getattr(self, name) != default:
                 raise ValueError(f"skipped.{name}: {getattr(self, name)!r} with ratio; valid: ratio false")
+
+        if not self.ratio and self.ramp != Reuse.ramp:
+            raise ValueError(f"skipped.ramp: {self.ramp!r} without ratio; valid: ratio true")
 
     def __str__(self) -> str:
         if self.ratio:

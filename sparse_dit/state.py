@@ -11,6 +11,8 @@ import torch
 
 from sparse_dit.layout import TokenLayout
 
+ALIKE = 8  # forwards of one noise level in a first step: more than the passes of guidance of any pipeline known
+
 _SHARED = "enable_parallelism: its calls stay dense, as"
 # Reasons for dense calls that nobody asked for, and what the user could change.
 UNASKED = {
@@ -99,7 +101,8 @@ class RunState:
 
         The step is the pipeline's own when its context has one, else the number of changes of the noise level so far:
         forwards are not counted, because CFG and caches add and remove them. The first change tells the direction. A
-        step back, a jump against the direction or another grid begins a new run.
+        step back, a jump against the direction or another grid begins a new run. Runs of one step without a context
+        are told from each other by nothing: what their layers kept is dropped every `ALIKE` forwards.
 
         Args:
             layout: tokens of the forward.
@@ -126,6 +129,9 @@ class RunState:
         self._forwards = self._forwards + 1 if self.step == before else 1
         self.layout, self.noise, self._transformer = layout, noise, transformer
         self.branch = self.context.branch or f"forward {self._forwards}"
+        if told is None and self._rises is None and self._forwards % ALIKE == 1:
+            self._slots.clear()
+            self._branches.clear()
         self._branches.add(self.branch)
 
     def _goes_back(self, told: int | None, noise: float | None) -> bool:

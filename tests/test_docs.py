@@ -1,6 +1,8 @@
 """The examples of the pages run, and do what the pages say of them."""
 
 import re
+import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from sparse_dit.app.cli import COMMANDS, read_command
+
 DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
 def run_page(name: str) -> dict[str, Any]:
@@ -78,6 +83,20 @@ def test_the_page_on_serving_engines() -> None:
     assert (sparse - whole).abs().max() > 1e-3
     with pytest.raises(ValueError, match="valid: "):
         call(q[:, :100], k[:, :100], v[:, :100], told, **settings)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_on_the_pages_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("name: mine\nselection: radial\n")
+    text = page.read_text()
+    for block in re.findall(r"^```\w*\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
+        for line in re.findall(r"^(?:\.venv/bin/)?sparse-dit (.*)$", block.replace("\\\n", " "), flags=re.MULTILINE):
+            read_command(shlex.split(line))
+    for words in re.findall(r"`sparse-dit ([^`]+)`", text):
+        assert {" ".join(words.split()[:count]) for count in (1, 2)} & COMMANDS.keys(), words
+    for module in re.findall(r"-m (sparse_dit[\w.]*)", text):
+        assert find_spec(module), module
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)

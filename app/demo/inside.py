@@ -62,7 +62,7 @@ class Inside:
         folder: where the masks lie.
         grid: (T, H, W), video tokens.
         text_before: text tokens in front of them.
-        steps, layers, heads: of the run; no heads where every call was dense.
+        steps, layers, heads: of the run, layers of all transformers together; no heads where every call was dense.
         density: computed tile area over full area, mean over heads and branches.
         mass: the share of whole attention's mass that was computed, on sampled query rows.
         missing: why calls have no mask, where that is so; else empty.
@@ -134,11 +134,12 @@ def look_inside(pipe: DiffusionPipeline, request: Request, recipe: Recipe, folde
     arguments = plan_arguments(pipe, request)
     plan = explain(pipe, recipe, **arguments)
     steps = int(call_arguments(pipe, request)["num_inference_steps"])
-    found = Inside(folder, plan.grid, plan.text_before, steps, plan.layers)
+    found = Inside(folder, plan.grid, plan.text_before, steps)
     keeper = _Keeper(found)
     if isinstance(recipe.order, Clusters):
         found.missing = "clusters change with the content of every call, so that blocks have no place in the frame"
     with sparse(pipe, recipe), probed(pipe, rows=ROWS) as probe:
+        found.layers = probe.layers
         probe.calls = _Calls(keeper.keep)
         with keeper:
             generate(pipe, request)

@@ -117,8 +117,9 @@ def numbers_html(record: Row) -> str:
     note = f"{calls['sparse']} of {calls['made']} attention calls sparse{', ' + dense_calls if dense_calls else ''}; "
     note += f"{record['backend']} kernel on {record['device']['name']}, {record['device']['dtype']}; "
     note += " x ".join(map(str, record["grid"])) + f" tokens, seed {record['seed']}, {record['steps']} steps"
-    if not calls["sparse"]:
-        note = f"Every call was dense: have fewer dense steps than steps. {note}"
+    if not calls["sparse"] and calls["dense"].keys() - {"recipe"}:
+        hint = ": have fewer dense steps than steps" if "dense_steps" in calls["dense"] else ""
+        note = f"Every call was dense{hint}. {note}"
     if unknown := _unknown_words(record):
         note = f"{TINY_WAN} was trained on few words, and not on: {', '.join(unknown)}. {note}"
     body = "".join(

@@ -85,6 +85,9 @@ def listening(studio: "Studio", visits: "Visits", host: str, port: int, places: 
 
     Yields:
         The page's address, ending in a slash.
+
+    Raises:
+        ValueError: the port is taken, or the address is not this machine's.
     """
     import gradio
 
@@ -96,12 +99,17 @@ def listening(studio: "Studio", visits: "Visits", host: str, port: int, places: 
     gradio.set_static_paths([visits.root])  # files of visits are served where they lie, instead of being copied
     page = build(Answers(studio, visits, places)).queue(max_size=4 * places, default_concurrency_limit=1)
     try:
-        _, url, _ = page.launch(
-            server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True,
-            theme=style.theme(), css=style.CSS, footer_links=["settings"], ssr_mode=False, max_file_size="1kb",
-            pwa=False, mcp_server=False, run_history=False, enable_monitoring=False,
-            state_session_capacity=2 * MAX_VISITS,
-        )  # fmt: skip
+        try:
+            _, url, _ = page.launch(
+                server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True,
+                theme=style.theme(), css=style.CSS, footer_links=["settings"], ssr_mode=False, max_file_size="1kb",
+                pwa=False, mcp_server=False, run_history=False, enable_monitoring=False,
+                state_session_capacity=2 * MAX_VISITS,
+            )  # fmt: skip
+        except OSError:
+            raise ValueError(
+                f"port: {port} of {host!r} cannot be had; valid: a free port, or 0, and an address of this machine"
+            ) from None
         yield url
     finally:
         visits.close_all()

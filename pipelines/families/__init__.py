@@ -138,7 +138,8 @@ def family_table() -> list[dict[str, Any]]:
 
 
 def _kind(transformer: str) -> str:
-    return "video" if "3D" in transformer or "Omni" in transformer else "image"
+    made_for_images = "2D" in transformer or "Image" in transformer
+    return "video" if ("3D" in transformer or "Omni" in transformer) and not made_for_images else "image"
 
 
 def _told(span: Span) -> str:

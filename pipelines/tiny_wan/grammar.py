@@ -55,6 +55,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
+        """The sentence that the model is prompted with."""
         if self.photo:
             return f"the camera {self.motion} over a photo of {self.photo}"
         return f"a {self.size} {self.texture} {self.color} {self.shape} {self.motion} over {self.background}"

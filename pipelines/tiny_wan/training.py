@@ -63,10 +63,12 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
+        """The file that `resume` reads."""
         return self.folder / "checkpoint.pt"
 
     @property
     def progress(self) -> float:
+        """Share of the run's time that is used up, from 0 to 1."""
         return min(1.0, self.used / self.seconds)
 
     def resume(self) -> None:

@@ -195,3 +195,7 @@ def test_refuses_what_it_cannot_show(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(ValueError, match="a folder that sparse-dit compare wrote"):
         page(ROWS, [tmp_path])
+    record = json.loads((compared(tmp_path) / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps({name: record[name] for name in record if name != "psnr"}))
+    with pytest.raises(ValueError, match="a folder that sparse-dit compare wrote"):
+        page(ROWS, [tmp_path])

@@ -1,6 +1,7 @@
 """What a recipe keeps, against attention computed whole, and a model that does not notice."""
 
 import base64
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,17 @@ def test_masks_are_those_of_the_calls(pipe) -> None:
         np.testing.assert_array_equal(bits, expected)
     assert row["frames"]["latents"] == [0, 1, 2]
     assert len(row["frames"]["jpegs"]) == 3
+
+
+def test_masks_are_taken_in_the_transformer_that_makes_the_step(mini_wan: Path) -> None:
+    two = load_pipeline(str(mini_wan))
+    two.set_progress_bar_config(disable=True)
+    two.register_modules(transformer_2=copy.deepcopy(two.transformer))
+    two.register_to_config(boundary_ratio=0.9)
+    row = probe(two, REQUEST, RADIAL, rows=4)
+    table = row["by_step"]["recall"]
+    assert [[cell is None for cell in line] for line in table[1:]] == [[True, True, False, False]] * 2
+    assert [(mask["step"], mask["layer"]) for mask in row["masks"]] == [(2, 2), (2, 3)]
 
 
 def test_what_a_cache_corrects_has_no_error_and_its_refreshes_are_dense(pipe) -> None:

@@ -126,8 +126,9 @@ def test_what_fails_is_out() -> None:
     assert alone.answer() is None
 
 
-def test_clips_that_equal_dense_ones_are_above_any_floor() -> None:
-    found, _ = search([0.5, 0.9], np.array([[30.0, 32.0], [np.inf, np.inf]]), 40.0)
+@pytest.mark.parametrize("floor", [40.0, 200.0])
+def test_clips_that_equal_dense_ones_are_above_any_floor(floor: float) -> None:
+    found, _ = search([0.5, 0.9], np.array([[30.0, 32.0], [np.inf, np.inf]]), floor)
     assert found.answer().candidate == 1
 
 

@@ -110,6 +110,9 @@ def test_bad_arguments_are_refused() -> None:
         take_mass(gates.double(), own, 0.5)
     with pytest.raises(ValueError, match=r"^own: torch.bool \[1, 3, 3\] on cpu; valid: torch.bool \[2 or 1, 3, 4\]"):
         take_mass(gates, own[..., :3], 0.5)
+    for threshold in (0.0, -0.5, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"^threshold: .*; valid: a share in \(0, 1\]$"):
+            take_mass(gates, own, threshold)
 
 
 @pytest.mark.gpu

@@ -79,6 +79,14 @@ def test_explain_refuses_sizes_below_one(pipe: WanPipeline, size: str) -> None:
     sizes = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, size: 0}
     with pytest.raises(ValueError, match=f"^{size}: 0; valid: "):
         explain(pipe, SPARSE, **sizes)
+    with pytest.raises(ValueError, match=f"^{size}: 2.5; valid: "):
+        explain(pipe, SPARSE, **{**sizes, size: 2.5})
+
+
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_explain_refuses_a_picture_smaller_than_a_token(pipe: WanPipeline, side: str) -> None:
+    with pytest.raises(ValueError, match=f"^{side}: 7 is less than one token of WanTransformer3DModel; valid: "):
+        explain(pipe, SPARSE, **{"height": 64, "width": 64, side: 7})
 
 
 def flux_pipeline() -> tuple[Any, dict[str, Any]]:

@@ -12,7 +12,15 @@ def test_counts_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "name"),
-    [(((3, 0, 7),), "grid"), (((3, 5),), "grid"), (((3, 5, 7), -1), "text_before"), (((3, 5, 7), 0, -2), "text_after")],
+    [
+        (((3, 0, 7),), "grid"),
+        (((3, 5),), "grid"),
+        (((3, 5.0, 7),), "grid"),
+        (((3, 5, 7), -1), "text_before"),
+        (((3, 5, 7), 2.5), "text_before"),
+        (((3, 5, 7), 0, -2), "text_after"),
+        (((3, 5, 7), 0, "2"), "text_after"),
+    ],
 )
 def test_refuses_impossible_layouts(arguments: tuple[object, ...], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: .*; valid: "):

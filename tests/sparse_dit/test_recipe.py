@@ -138,6 +138,7 @@ def test_overrides_by_dotted_names() -> None:
     assert sol.selection == Pooled(density=0.5)
     assert sol.override({"schedule.refresh_every": 2}).schedule.refresh_steps is None
     assert load_recipe("re-ttention").override({"skipped.ramp": 0.1}).skipped == Reuse(ramp=0.1)
+    assert load_recipe("re-ttention").override({"skipped.ramp": 0}).skipped == Reuse(ramp=0.0)
     assert load_recipe("re-ttention").override({"skipped": "drop"}).skipped == Drop()
     assert sol.override({"state_limit": 4}).to_dict()["state_limit"] == 4.0
 
@@ -216,6 +217,10 @@ def test_overrides_by_dotted_names() -> None:
             r"skipped: 'reuse' with a refresh in every step, .*; valid: schedule.refresh_every above 1, or ",
         ),
         ({"skipped": {"name": "reuse", "ramp": -1.0}}, r"skipped.ramp: -1.0; valid: 0 or a positive number$"),
+        (
+            {"skipped": {"name": "reuse", "ratio": False, "ramp": 0.1}, "schedule": {"refresh_every": 2}},
+            r"skipped.ramp: 0.1 without ratio; valid: ratio true$",
+        ),
         (
             {"skipped": {"name": "reuse", "part": 8}, "schedule": {"refresh_every": 2}},
             r"skipped.part: 8 with ratio; valid: ratio false$",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_dit.layout import TokenLayout
-from sparse_dit.state import Context, RunState, Tally
+from sparse_dit.state import ALIKE, Context, RunState, Tally
 
 LAYOUT = TokenLayout((3, 4, 4))
 OTHER = TokenLayout((5, 4, 4))
@@ -76,6 +76,28 @@ def test_layers_keep_their_own_by_branch() -> None:
     assert not state.slot(1)
     state.reset()
     assert state.nbytes == 0
+
+
+def test_runs_of_one_step_do_not_pile_up_what_they_keep() -> None:
+    state = RunState()
+    for _ in range(100):
+        state.begin_forward(LAYOUT, 1.0)
+        state.slot(0)["kept"] = torch.zeros(1)
+        assert max(state.nbytes / 4, state.branches) <= ALIKE
+    state.begin_forward(LAYOUT, 0.5)
+    assert (state.step, state.branch, "kept" in state.slot(0)) == (1, "forward 1", False)
+
+
+def test_one_branch_of_two_is_told_by_its_name() -> None:
+    state = RunState()
+    for number, (branch, branches) in enumerate((("", 1), ("cond", 2), ("uncond", 3))):
+        state.context = Context(branch, number)
+        state.begin_forward(LAYOUT, None)
+        assert state.branches == branches
+    state.reset()
+    state.context = Context("cond", 0)
+    state.begin_forward(LAYOUT, None)
+    assert state.branches == 2
 
 
 def test_without_a_branch_the_forwards_of_a_step_are_told_apart() -> None:

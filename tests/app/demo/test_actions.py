@@ -1,5 +1,6 @@
 """Runs of the demo: what they leave, how they tell of themselves, how they end."""
 
+import copy
 import json
 import threading
 from dataclasses import replace
@@ -144,6 +145,16 @@ def test_masks_are_those_of_the_plan(recipe: Recipe, asked: Asked, mini_wan: Pat
         assert set(np.flatnonzero(keys)) == expected
         assert 0 < len(expected) < 192, "the whole grid or nothing would show nothing"
         assert set(np.flatnonzero(own)) == set(order[block * recipe.block_q : (block + 1) * recipe.block_q])
+
+
+def test_layers_of_both_transformers_can_be_looked_at(asked: Asked, mini_wan: Path, tmp_path: Path) -> None:
+    pipe = load_pipeline(str(mini_wan))
+    pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
+    pipe.register_to_config(boundary_ratio=0.9)
+    recipe = load_recipe("tiny-radial").override({"schedule.dense_steps": 1})
+    found = look_inside(pipe, replace(asked.request, steps=2), recipe, tmp_path)
+    assert found.layers == len(found.density[1]) == 4
+    assert sorted(found.masks) == [(1, 2), (1, 3)]
 
 
 def test_a_run_without_sparse_calls_has_no_masks(asked: Asked, mini_wan: Path, tmp_path: Path) -> None:

@@ -177,6 +177,16 @@ def test_the_server_speaks_to_this_machine_alone(
     assert asked <= {LOCAL, "localhost", None}, asked
 
 
+def test_a_port_that_is_taken_is_told(studio: Studio, tmp_path: Path) -> None:
+    with socket.create_server((LOCAL, 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(ValueError, match=rf"^port: {port} of '127.0.0.1' cannot be had; valid: a free port"),
+            listening(studio, Visits(tmp_path / "visits"), LOCAL, port, places=1),
+        ):
+            pass
+
+
 def test_files_of_visits_are_served_and_no_others(served: tuple[str, Visits], mini_wan: Path) -> None:
     url, visits = served
     visit: Visit = visits.open("one")

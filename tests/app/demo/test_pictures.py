@@ -58,7 +58,12 @@ def test_numbers_name_what_the_record_holds(run: Finished) -> None:
     for text in (f"{run.record['psnr']:.1f} dB", f"{run.record['run_density']:.3f}", "8 of 12 attention calls sparse"):
         assert text in html
     nothing = {**run.record, "density": None, "calls": {"sparse": 0, "made": 4, "dense": {"dense_steps": 4}}}
-    assert "Every call was dense" in pictures.numbers_html(nothing)
+    assert "Every call was dense: have fewer dense steps" in pictures.numbers_html(nothing)
+    for reason, told in (("dense_layers", True), ("recipe", False)):
+        nothing["calls"] = {"sparse": 0, "made": 4, "dense": {reason: 4}}
+        html = pictures.numbers_html(nothing)
+        assert ("Every call was dense. " in html) == told
+        assert "have fewer dense steps" not in html
 
 
 def test_words_that_tiny_wan_does_not_know_are_told(run: Finished) -> None:

@@ -24,6 +24,8 @@ from sparse_dit.pipelines.families import (
     family_of,
     family_table,
 )
+from sparse_dit.pipelines.families.image import IMAGE
+from sparse_dit.pipelines.families.video import VIDEO
 from sparse_dit.pipelines.patch import disable, enable, explain, summary
 from sparse_dit.samples import Layer, Sample
 
@@ -364,6 +366,15 @@ def test_the_table_in_plain_values() -> None:
     }
     assert rows["LatteTransformer3DModel"]["dense"].startswith("it attends within a frame")
     assert all(row["layers"] or row["dense"] for row in rows.values())
+    # Pictures that are edited or drawn as one frame of a video are pictures.
+    of_kind = {kind: {name for name, row in rows.items() if row["kind"] == kind} for kind in ("video", "image")}
+    assert {family.transformer for family in IMAGE} | {
+        "JoyImageEditTransformer3DModel",
+        "JoyImageEditPlusTransformer3DModel",
+        "OmniGenTransformer2DModel",
+    } <= of_kind["image"]
+    assert "Cosmos3OmniTransformer" in of_kind["video"]
+    assert {family.transformer for family in VIDEO} - of_kind["video"] == {"JoyImageEditTransformer3DModel"}
 
 
 def test_a_family_needs_no_more_than_its_patch() -> None:

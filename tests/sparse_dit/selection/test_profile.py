@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from sparse_dit.calls import attend
 from sparse_dit.forecast import forecast
@@ -206,12 +207,18 @@ def test_a_missing_or_damaged_profile_is_refused(file: Path, tmp_path: Path) -> 
     torn.write_bytes(file.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"^profile: .* cannot be read .*; valid: "):
         load_profile(torn)
+    with pytest.raises(ValueError, match=r"^profile: .* cannot be read .*; valid: "):
+        load_profile(tmp_path / "nothing.safetensors")
     header, tensors = load_tensors(file)
+    save_file(tensors, torn, metadata={"profile": "[1]"})
+    with pytest.raises(ValueError, match=r"^profile: .* cannot be read .*; valid: "):
+        load_profile(torn)
     for change, message in (
         ({"schema": 2}, "has schema 2; valid: 1"),
         ({"bins": [1, 4]}, "bins"),
         ({"block_q": 17}, "blocks of 17"),
         ({"patterns": [{"kind": "spiral"}]}, "spiral"),
+        ({"patterns": ["all"]}, "is damaged"),
         ({"patterns": [{"kind": "diagonal"}]}, "without width"),
         ({"patterns": [{"kind": "all"}]}, "points at 6"),
     ):
