@@ -120,11 +120,9 @@ def _checked(
     backend: str | None,
 ) -> str:
     """The backend of a call whose arguments are as they must be. Raises ValueError otherwise."""
-    _check_tensors(q, k, v)
+    check_attention(q, k, v, scale)
     _check_blocks(q, k, blocks)
     _check_order(q, k, order)
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale: {scale!r}; valid: a positive finite number, or None for 1 / sqrt(D)")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: {precision!r}; valid: one of {PRECISIONS}")
     if skipped not in SKIPPED:
@@ -134,7 +132,8 @@ def _checked(
     return chosen_backend(q, k, v, blocks, precision, backend, pv_threshold)
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    """Raises ValueError unless attention of any kind can be computed of q, k and v [B, H, S, D] with a scale."""
     if q.dtype not in DTYPES:
         raise ValueError(f"q: {q.dtype}; valid: one of {', '.join(map(str, DTYPES))}")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -146,6 +145,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("k", k), ("v", v)):
         if list(tensor.shape) != expected:
             raise ValueError(f"{name}: shape {list(tensor.shape)}; valid: {expected}, by the shapes of q and k")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale: {scale!r}; valid: a positive finite number, or None for 1 / sqrt(D)")
 
 
 def _check_blocks(q: Tensor, k: Tensor, blocks: BlockList) -> None:

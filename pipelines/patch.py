@@ -77,6 +77,8 @@ def disable(pipe: P) -> P:
 def sparse(pipe: P, recipe: RecipeLike = "radial", *, strict: bool = False, timing: bool = False) -> Iterator[P]:
     """Sparse attention inside a `with` block; afterwards the pipeline is as it was before, enabled or not.
 
+    Where it was enabled, what `summary` counts starts again.
+
     Arguments and errors as `enable`.
     """
     before = _patch_of(pipe)

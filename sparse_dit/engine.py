@@ -22,6 +22,7 @@ from einops import rearrange
 
 from sparse_dit.calls import attend, attend_again, plan
 from sparse_dit.forecast import forecast, is_dense
+from sparse_dit.kernels.ops import check_attention
 from sparse_dit.kernels.replays import Replays
 from sparse_dit.layout import TokenLayout
 from sparse_dit.parallel import ALL_HERE, Heads
@@ -396,7 +397,7 @@ def sparse_attention(
     Raises:
         ValueError: shapes that do not fit together, or a recipe that `load_recipe` refuses.
     """
-    layout = TokenLayout((grid[0], grid[1], grid[2]), text_before, text_after)
+    layout = TokenLayout(cast("tuple[int, int, int]", tuple(grid)), text_before, text_after)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.shape != q.shape or tensor.ndim != 4 or tensor.shape[2] != layout.length:
             raise ValueError(
@@ -405,5 +406,6 @@ def sparse_attention(
             )
     recipe = load_recipe(recipe)
     if is_dense(recipe):
+        check_attention(q, k, v, scale)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
     return attend(recipe, layout, q, k, v, scale=scale, layer=0, step=0, slot=Slot()).out

@@ -1,6 +1,7 @@
 """Wan2.1-14B's architecture on one GPU and on several that share its tokens, with sparse attention; one result row.
 
-    python -m torch.distributed.run --nproc-per-node 2 -m sparse_dit.eval.bench.parallel --rows eval/results/two.jsonl
+    python -m torch.distributed.run --nproc-per-node 2 -m sparse_dit.eval.bench.parallel \\
+        --rows eval/results/bench-parallel.jsonl
 
 First a small transformer with random weights tells whether the processes together make what one makes: `small` holds,
 for every recipe, the relative L2 difference of the two, and beside it that of one GPU in bf16 and in float32, which is

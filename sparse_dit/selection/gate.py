@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 
 from sparse_dit.kernels.cutoff import take_mass
-from sparse_dit.kernels.lists import spread_lists
+from sparse_dit.kernels.lists import mask_to_lists, spread_lists
 from sparse_dit.layout import TokenLayout, block_spans, text_blocks
 from sparse_dit.orders import Order, Tiles
 from sparse_dit.selection.dynamic import Call, Chosen, Dynamic
@@ -78,6 +78,8 @@ class Gate(Dynamic):
         [order] = call.orders
         assert isinstance(order, Tiles)
         cut = _partition(order, call.layout, call.block_q, call.block_k, q.device)
+        if not len(cut.rows):  # text in every block of queries: there is nothing to choose
+            return Chosen(mask_to_lists(cut.always, call.block_q, call.block_k, capacity=call.k_blocks), call.table)
         q_means, k_means, ordered = call.means(q, k, v, (call.block_q, call.block_k))
         if len(cut.rows) < call.q_blocks:
             q_means = q_means.index_select(2, cut.rows)

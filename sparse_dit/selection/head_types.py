@@ -4,6 +4,7 @@ Source: Sparse VideoGen, SVG (arXiv 2502.01776); the band itself and the masks o
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -54,8 +55,8 @@ class HeadTypes(Dynamic):
         for name in ("rows", "row_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"selection.{name}: {getattr(self, name)!r}; valid: 1 or more rows")
-        if not self.profile_frames > 0.0:
-            raise ValueError(f"selection.profile_frames: {self.profile_frames!r}; valid: a number above 0")
+        if not 0.0 < self.profile_frames < math.inf:
+            raise ValueError(f"selection.profile_frames: {self.profile_frames!r}; valid: a finite number above 0")
         assert self.band  # refuses its settings
 
     @property

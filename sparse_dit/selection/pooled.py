@@ -96,9 +96,11 @@ class Pooled(Dynamic):
             ),
             ("least", 0.0 <= self.least <= 1.0, "a number in [0, 1]"),
             ("least", self.least == 0.0 or self.top_p is not None, "0, unless top_p is the rule"),
+            ("crossing", self.crossing or self.top_p is not None, "true, unless top_p is the rule"),
             ("similarity", self.similarity is None or 0.0 <= self.similarity <= 1.0, "a number in [0, 1]"),
             ("sub_block", self.sub_block is None or self.sub_block >= 1, "1 or more tokens"),
             ("reduction", self.reduction in REDUCTIONS, ", ".join(REDUCTIONS)),
+            ("reduction", self.reduction == "max" or self.sub_block is not None, "max, unless sub_block is given"),
         )
         for name, holds, valid in checks:
             if not holds:

@@ -158,6 +158,24 @@ def test_shapes_that_do_not_fit_are_refused(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["dense", "radial"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"grid": (*GRID, 9)}, "grid: "),
+        ({"grid": GRID[:2]}, "grid: "),
+        ({"scale": -1.0}, "scale: -1.0; valid: a positive finite number"),
+        ({"dtype": torch.int64}, "q: torch.int64; valid: one of "),
+    ],
+)
+def test_what_no_attention_can_be_computed_of_is_refused_by_all_recipes(name: str, changed: Any, message: str) -> None:
+    dtype = changed.get("dtype", torch.float32)
+    settings = {"grid": GRID, "recipe": name} | {key: value for key, value in changed.items() if key != "dtype"}
+    q, k, v = (x.to(dtype) for x in qkv(RAGGED))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        sparse_attention(q, k, v, text_before=3, text_after=11, **settings)
+
+
 def test_plans_are_cached_by_what_they_depend_on() -> None:
     device = torch.device("cpu")
     first = plan(recipe(), RAGGED, device)

@@ -74,6 +74,13 @@ def test_partitions_go_round_by_layer() -> None:
     assert counts == [7, 40, 60]
 
 
+def test_all_is_computed_where_each_block_of_queries_holds_text(call_for: CallFor) -> None:
+    layout = TokenLayout((1, 2, 4), text_before=4, text_after=20)
+    q = torch.randn(1, 2, layout.length, 64)
+    call = call_for(layout, selection=Gate())
+    assert lists_to_mask(Gate().choose(q, q, q, call).blocks, call.k_blocks).all()
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("pool", ["row", "head"])
 def test_queries_that_agree_within_their_block_take_what_the_paper_gives_them(

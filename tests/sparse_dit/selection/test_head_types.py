@@ -1,5 +1,6 @@
 """Head types: SVG's online profile, and the order that each head gets by it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -98,7 +99,9 @@ def test_rows_are_drawn_alike_in_every_run_and_unlike_in_every_step(
     assert not torch.equal(first[0], later[0])
 
 
-@pytest.mark.parametrize("settings", [{"rows": 0}, {"row_limit": 0}, {"profile_frames": 0.0}, {"kept": 0.0}])
+@pytest.mark.parametrize(
+    "settings", [{"rows": 0}, {"row_limit": 0}, {"profile_frames": 0.0}, {"profile_frames": math.inf}, {"kept": 0.0}]
+)
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     [name] = settings
     with pytest.raises(ValueError, match=rf"^selection\.{name}: .*; valid: "):

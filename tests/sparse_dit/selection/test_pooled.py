@@ -225,6 +225,8 @@ def test_planted_patterns_are_kept_better_than_by_chance(
         ({"per": "layer"}, "selection.per: 'layer'; valid: row, head"),
         ({"top_p": 0.5, "per": "head"}, "selection.per: 'head'; valid: row, unless density is the rule"),
         ({"least": 0.5}, "selection.least: 0.5; valid: 0, unless top_p is the rule"),
+        ({"crossing": False}, "selection.crossing: False; valid: true, unless top_p is the rule"),
+        ({"reduction": "logsumexp"}, "selection.reduction: 'logsumexp'; valid: max, unless sub_block is given"),
         ({"similarity": 2.0}, "selection.similarity: 2.0; valid: a number in [0, 1]"),
         ({"reduction": "mean"}, "selection.reduction: 'mean'; valid: max, logsumexp"),
     ],
