@@ -292,7 +292,7 @@ def hopper_forward_kernel(
     p_indices, p_counts, p_rows, order_head, out_batch, out_head, out_token,
     i_batch, i_head, i_row, i_index, c_batch, c_head, c_row, r_batch, r_head,
     heads, query_blocks, seq_q, seq_k, groups, head_size, scale,
-    ORDERED: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    ORDERED: gl.constexpr, TURNS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j 2^(s_ij - l_i) v_j, l_i = log2 sum_j 2^s_ij, j over the listed blocks.
 
@@ -324,12 +324,10 @@ def hopper_forward_kernel(
     # Keys of the first tile, the one at the list's end: the list may not fill it, and its last block may be ragged.
     last_block = gl.load(p_indices + (blocks - 1) * i_index)
     valid = (blocks - 1) % PARTS * BLOCK_K + gl.minimum(seq_k - last_block * BLOCK_K, BLOCK_K)
-    means, key_blocks, log_whole, log_last = 0, 0, 0.0, 0.0
-    if SUMMARY:  # tiles of means, and what is added to their scores: log2 of tokens
+    means = 0  # tiles of them
+    if SUMMARY:
         key_blocks = gl.cdiv(seq_k, BLOCK_K)
         means = gl.where(blocks < key_blocks, gl.cdiv(key_blocks, TILE_K), 0)
-        log_whole = gl.log2(BLOCK_K * 1.0) / scale
-        log_last = gl.log2((seq_k - (key_blocks - 1) * BLOCK_K).to(gl.float32)) / scale
 
     b_q = gl.allocate_shared_memory(d_q.dtype, [2, 1, 1, 64, CODES], d_q.layout)
     b_k = gl.allocate_shared_memory(d_k.dtype, [STAGES, 1, 1, TILE_K, CODES], d_q.layout)
@@ -380,12 +378,12 @@ def hopper_forward_kernel(
         head_size,
     )  # fmt: skip
     copied = (d_k, d_v, b_k, b_v)
-    summaries = (d_keys, d_values, b_biases, key_blocks, log_whole, log_last)
+    summaries = (d_keys, d_values, b_biases, seq_k, scale)
     gl.warp_specialize(
         [
             (_attend, (tiles, b_biases, rings, turns, lists, scales, rows, ends, 0, PARTS, ORDERED, SUMMARY)),
             (_attend, (tiles, b_biases, rings, turns, lists, scales, rows, ends, 1, PARTS, ORDERED, SUMMARY)),
-            (produce, (copied, summaries, rings, lists, (i_b, i_h, i_block), PARTS, SUMMARY)),
+            (produce, (copied, summaries, rings, lists, (i_b, i_h, i_block), PARTS, SUMMARY, TURNS)),
         ],
         [4, 1],
         [240, 24],
