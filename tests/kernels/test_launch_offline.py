@@ -11,6 +11,7 @@ CHOICES = {
     "means": ["pool_kernel"],
     "scores": ["scores_kernel"],
     "sampled rows": ["rows_kernel", "rows_error_kernel"],
+    "closest orders": ["closest_kernel"],
     "count": CUTOFF,
     "mass": CUTOFF,
     "lists": ["select_kernel"],

@@ -8,7 +8,7 @@ HOPPER = {
     "draft": ["order_means", *["digit"] * 8, "ties", "taken", "select", "density", "hopper_forward"],
     "jenga": ["order_means", "select", "density", "hopper_forward"],
     "sparge": ["pool", "pool", "select", "density", "sampled_means", "quantize", "lift", "hopper_forward"],
-    "svg": ["rows", "rows_error", "density", "gather", "hopper_forward"],
+    "svg": ["rows", "rows_error", "closest", "order_means", "hopper_forward"],
     "svg2": ["order_means", "select", "density", "hopper_forward"],
     "radial": ["hopper_forward"],
 }
