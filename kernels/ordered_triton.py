@@ -149,14 +149,14 @@ def triton_order_with_means(
     """
     batch, heads, seq, head_size = q.shape
     dtype = q.dtype if parts else torch.float32
-    means = [torch.empty(batch, heads, cdiv(seq, n), head_size, dtype=dtype, device=q.device) for n in units]
-    return _moved((q, k, v), q_order, k_order, units, means), *means
+    q_means, k_means = (torch.empty(batch, heads, cdiv(seq, n), head_size, dtype=dtype, device=q.device) for n in units)
+    return _moved((q, k, v), q_order, k_order, units, (q_means, k_means)), q_means, k_means
 
 
 def triton_gather_heads(tensors: Sequence[Tensor], order: Tensor) -> list[Tensor]:
     """The contract of `gather_triton.triton_gather`, the tokens of a head at a time: for orders that differ by head."""
     # The kernel has three roles. Those that are not there are not launched, and none of them takes means.
-    q, k, v = (*tensors, *tensors[:1] * 2)[:3]
+    q, k, v = (*tensors, tensors[0], tensors[0])[:3]
     return _moved((q, k, v), order, order, (0, 0), (None, None), roles=len(tensors))
 
 

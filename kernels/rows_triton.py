@@ -224,8 +224,8 @@ def triton_band_errors(
 ) -> Tensor:
     """The contract of `rows.band_errors` for two bands, 64 rows at a time."""
     if len(rows) > ROWS:
-        parts = [triton_band_errors(q, k, v, some, own, keys, reach, scale) for some in rows.split(ROWS)]
-        return torch.cat(parts, dim=-1)
+        found = [triton_band_errors(q, k, v, some, own, keys, reach, scale) for some in rows.split(ROWS)]
+        return torch.cat(found, dim=-1)
     q, k, v = aligned(q), aligned(k), aligned(v)
     own, keys = own.contiguous(), keys.contiguous()
     batch, heads, seq, head_size = q.shape

@@ -34,7 +34,7 @@ POINTERS = {
 SCORES = ((256, 8, 4, "logsumexp"), (128, 8, 4, "logsumexp"), (72, 2, 1, "logsumexp"))
 ROWS = (128, 72)
 # head size, tokens of a run of queries and of keys, type of the means
-ORDERED = ((72, (16, 16), "*bf16"), (128, (128, 64), "*fp32"), (256, (128, 32), "*fp32"))
+ORDERED = ((72, (16, 16), "*bf16"), (128, (0, 0), "*bf16"), (128, (128, 64), "*fp32"), (256, (128, 32), "*fp32"))
 # head size, tokens a part, whether in an order
 PARTS = ((72, 4, True), (128, 16, True), (256, 64, False))
 
@@ -61,12 +61,14 @@ def variants(every: bool, arch: str) -> Iterator[tuple[Any, dict[str, Any], dict
         yield rows_triton.rows_kernel, fixed, {}, rows_triton.WARPS, rows_triton.STAGES
     merged = {"HEAD_SIZE": 72, "COLUMNS": 128, "SPANS": rows_triton.SPANS}
     yield rows_triton.rows_error_kernel, merged, {}, 4, 1
+    placed = {"ROWS": rows_triton.ROWS, "TOKENS": rows_triton.TOKENS}
+    types = {"p_orders": "*i64", "p_closest": "*i64"}
+    yield rows_triton.closest_kernel, placed, types, rows_triton.WARPS, 1
 
 
 def main(target_name: str) -> None:
-    for kernel, fixed, types, num_warps, num_stages in variants(
-        target_name == "cuda:90", architecture_of(target_of(target_name))
-    ):
+    arch = architecture_of(target_of(target_name))
+    for kernel, fixed, types, num_warps, num_stages in variants(target_name == "cuda:90", arch):
         signature, attributes = {}, {}
         for position, name in enumerate(kernel.arg_names):
             if name in fixed:
