@@ -136,7 +136,8 @@ def _attend(
 ):  # fmt: skip
     """A consumer: 64 queries over all tiles of the list, the last tile first, the only one that needs a mask.
 
-    Then, where blocks are skipped, over the tiles of all means, whose scores `b_biases` are added to.
+    Then, where blocks are skipped, over the tiles of all means, whose scores `b_biases` are added to. A loop of their
+    own would leave the one over the list another schedule: all maxima before the first exponential.
     """
     b_queries, b_k, b_v, b_out, b_totals = tiles
     q_full, k_full, k_empty, v_full, _ = rings
@@ -194,7 +195,9 @@ def _attend(
     else:
         b_p, b_max, b_decay, b_sum = softmax(b_first, b_max, scale)
     mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=total > 1)
-    for i_tile in range(1, count):
+    if SUMMARY:
+        b_starts = seen_as(b_biases, gl.float32, [STAGES, TILE_K], b_biases.layout)
+    for i_tile in range(1, total):
         b_s, b_acc = _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
         if QUANTIZED:
             b_s = b_s.reshape([64, PARTS, TILE_K // PARTS])
@@ -204,6 +207,9 @@ def _attend(
                 b_q_scale, PER_GROUP, FP8,
             )  # fmt: skip
         else:
+            if SUMMARY:  # noqa: SIM102 - a constant by itself: without it the rest is not compiled
+                if i_tile >= count:
+                    b_s += gl.expand_dims(b_starts.index(i_tile % STAGES).load(gl.SliceLayout(0, s_layout)), 0)
             b_p, b_max, b_decay, b_sums = softmax(b_s, b_max, scale)
         b_sum = add_sums(b_sum, b_decay, b_sums)
         b_acc = _end_tile(i_tile, total, rings, b_acc, b_decay, STAGES)
@@ -213,16 +219,6 @@ def _attend(
                 keep_total(b_total, b_acc)
                 b_total_max = b_max
                 b_acc = gl.zeros([64, D], gl.float32, acc_layout)
-    if SUMMARY:
-        b_p = b_p.to(dtype)
-        b_starts = seen_as(b_biases, gl.float32, [STAGES, TILE_K], b_biases.layout)
-        for i_tile in range(count, total):
-            b_bias = b_starts.index(i_tile % STAGES).load(gl.SliceLayout(0, s_layout))
-            b_s, b_acc = _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
-            b_p, b_max, b_decay, b_sums = softmax(b_s + gl.expand_dims(b_bias, 0), b_max, scale)
-            b_p = b_p.to(dtype)
-            b_sum = add_sums(b_sum, b_decay, b_sums)
-            b_acc = _end_tile(i_tile, total, rings, b_acc, b_decay, STAGES)
     last = (total - 1) % STAGES
     mbarrier.wait(v_full.index(last), ((total - 1) // STAGES) & 1)
     b_p = gl.convert_layout(b_p.reshape([64, TILE_K]), s_layout, assert_trivial=True)
