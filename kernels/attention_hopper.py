@@ -288,7 +288,7 @@ def hopper_forward_kernel(
     p_indices, p_counts, p_rows, order_head, out_batch, out_head, out_token,
     i_batch, i_head, i_row, i_index, c_batch, c_head, c_row, r_batch, r_head,
     heads, query_blocks, seq_q, seq_k, groups, head_size, scale,
-    ORDERED: gl.constexpr, TURNS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    ORDERED: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j 2^(s_ij - l_i) v_j, l_i = log2 sum_j 2^s_ij, j over the listed blocks.
 
@@ -379,7 +379,7 @@ def hopper_forward_kernel(
         [
             (_attend, (tiles, b_biases, rings, turns, lists, scales, rows, ends, 0, PARTS, ORDERED, SUMMARY)),
             (_attend, (tiles, b_biases, rings, turns, lists, scales, rows, ends, 1, PARTS, ORDERED, SUMMARY)),
-            (produce, (copied, summaries, rings, lists, (i_b, i_h, i_block), PARTS, SUMMARY, TURNS)),
+            (produce, (copied, summaries, rings, lists, (i_b, i_h, i_block), PARTS, SUMMARY)),
         ],
         [4, 1],
         [240, 24],

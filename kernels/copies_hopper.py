@@ -33,13 +33,11 @@ def copy_block(d_x, i_b, i_h, start, full, b_x, part):
 
 
 @gluon.jit
-def produce(
-    tiles, summaries, rings, lists, row, PARTS: gl.constexpr, SUMMARY: gl.constexpr, TURNS: gl.constexpr
-):  # fmt: skip
+def produce(tiles, summaries, rings, lists, row, PARTS: gl.constexpr, SUMMARY: gl.constexpr):
     """The producer: all tiles of a program in the order in which they are consumed."""
     load_tiles(tiles, rings, lists, row, PARTS)
     if SUMMARY:
-        load_means(summaries, tiles, rings, lists, row, PARTS, TURNS)
+        load_means(summaries, tiles, rings, lists, row, PARTS)
 
 
 @gluon.jit
@@ -77,10 +75,10 @@ def load_tiles(tiles, rings, lists, row, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def load_means(summaries, tiles, rings, lists, row, PARTS: gl.constexpr, TURNS: gl.constexpr):
+def load_means(summaries, tiles, rings, lists, row, PARTS: gl.constexpr):
     """Goes on with the means of all blocks, TILE a stage, and what is added to the scores of each.
 
-    With TURNS rows start at different tiles: all multiprocessors at the same one would wait for the same lines of L2.
+    Rows start at different tiles by turns: all multiprocessors at the same one would wait for the same lines of L2.
     What the list leaves out of a tile is found while the stage before is still read.
     Means of a kernel that may still run (programmatic dependent launch): from here on it is waited for.
     """
@@ -102,29 +100,28 @@ def load_means(summaries, tiles, rings, lists, row, PARTS: gl.constexpr, TURNS: 
     o_lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     # A number that the compiler does not see, for a loop that stays one: the producer has few registers.
     words = gl.inline_asm_elementwise("mov.b32 $0, 4;", "=r", [], gl.int32, is_pure=False, pack=1)
-    first = 0
-    place = 0  # in the list, of its first entry that is still to come
-    if TURNS:
-        first = i_block % gl.maximum(means, 1) * TILE_K
-        place = _entries_below(first, p_indices, i_index, blocks)
-    b_listed, place = _listed(first, place, p_indices, i_index, blocks, words)
+    first = i_block % gl.maximum(means, 1) * TILE_K
+    # In the list, of its first entry that is still to come.
+    place = _entries_below(first, p_indices, i_index, blocks, TILE_K)
+    b_listed, place = _listed(first, place, p_indices, i_index, blocks, TILE_K)
     for i_tile in range(count, count + means):
         stage = i_tile % STAGES
         phase = (i_tile // STAGES) & 1
         mbarrier.wait(k_empty.index(stage), phase ^ 1)
         for word in range(words):
             o_block = first + word * 32 + o_lane
-            m_skipped = ((b_listed >> word & 1) == 0) & (o_block < key_blocks)
+            m_skipped = (((b_listed >> word) & 1) == 0) & (o_block < key_blocks)
             b_bias = gl.where(o_block == key_blocks - 1, log_last, log_whole)
             b_biases.index(stage * WORDS + word).store(gl.where(m_skipped, b_bias, -float("inf")))
         thread_barrier()
         mbarrier.expect(k_full.index(stage), BYTES)
         copy_block(d_keys, i_b, i_h, first, k_full.index(stage), b_k.index(stage), 0)
+        thread_barrier()  # or else the assembler looks up what comes next before it copies
         after = first + TILE_K
-        if TURNS and after >= key_blocks:
+        if after >= key_blocks:
             after = 0
             place = 0
-        b_listed, place = _listed(after, place, p_indices, i_index, blocks, words)
+        b_listed, place = _listed(after, place, p_indices, i_index, blocks, TILE_K)
         mbarrier.wait(v_empty.index(stage), phase ^ 1)
         mbarrier.expect(v_full.index(stage), BYTES)
         copy_block(d_values, i_b, i_h, first, v_full.index(stage), b_v.index(stage), 0)
@@ -132,30 +129,32 @@ def load_means(summaries, tiles, rings, lists, row, PARTS: gl.constexpr, TURNS: 
 
 
 @gluon.jit
-def _entries(place, p_indices, i_index, blocks):
-    """32 entries of a list, those that it does not have beyond all blocks."""
-    o = place + gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+def _entries(place, p_indices, i_index, blocks, SIZE: gl.constexpr):
+    """SIZE entries of a list, those that it does not have beyond all blocks."""
+    o = place + gl.arange(0, SIZE, gl.BlockedLayout([1], [32], [1], [0]))
     return gl.load(p_indices + o * i_index, mask=o < blocks, other=1 << 30)
 
 
 @gluon.jit
-def _listed(first, place, p_indices, i_index, blocks, words):
-    """Which blocks of a tile are listed: bit w of lane l is block first + 32 w + l; and the place behind them."""
+def _listed(first, place, p_indices, i_index, blocks, TILE: gl.constexpr):
+    """Which blocks of a tile are listed: bit w of lane l is block first + 32 w + l; and the place behind them.
+
+    All entries that a tile can have are loaded at once: a load waits behind what is copied.
+    """
     o_lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    # The list ascends: what lies before `first` lies before `place`.
+    b_entry = _entries(place, p_indices, i_index, blocks, TILE) - first
     b_listed = gl.zeros_like(o_lane)
-    for word in range(words):
-        b_bit = _entries(place, p_indices, i_index, blocks) - (first + word * 32)
-        m_here = b_bit < 32  # the list ascends: what lies before these blocks lies before `place`
-        bits = gl.sum(gl.where(m_here, 1 << b_bit, 0), 0)
-        b_listed |= (bits >> o_lane & 1) << word
-        place += gl.sum(m_here.to(gl.int32), 0)
-    return b_listed, place
+    for word in gl.static_range(TILE // 32):
+        bits = gl.sum(gl.where(b_entry >> 5 == word, 1 << (b_entry & 31), 0), 0)
+        b_listed |= ((bits >> o_lane) & 1) << word
+    return b_listed, place + gl.sum((b_entry < TILE).to(gl.int32), 0)
 
 
 @gluon.jit
-def _entries_below(block, p_indices, i_index, blocks):
+def _entries_below(block, p_indices, i_index, blocks, SIZE: gl.constexpr):
     """How many entries of a list are below a block."""
     below = 0
-    for place in range(0, blocks, 32):
-        below += gl.sum((_entries(place, p_indices, i_index, blocks) < block).to(gl.int32), 0)
+    for place in range(0, blocks, SIZE):
+        below += gl.sum((_entries(place, p_indices, i_index, blocks, SIZE) < block).to(gl.int32), 0)
     return below

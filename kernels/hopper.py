@@ -123,8 +123,8 @@ def _launch(
             0 if order is None or len(order) == 1 else order.stride(0),
             *out.stride()[:3], *_shared(indices), *_shared(counts), *_shared(rows)[:2],
             heads, query_blocks, seq_q, seq_k, -(-seq_k // GROUP), head_size, scale,
-            ORDERED=order is not None, TURNS=summary and cdiv(cdiv(seq_k, descriptors[1].block_shape[2]), _TILE) > 2,
-            D=wide, STAGES=3 if wide == 128 else 4, num_warps=4, launch_pdl=summary, boxes=(*descriptors, *means),
+            ORDERED=order is not None, D=wide, STAGES=3 if wide == 128 else 4, num_warps=4, launch_pdl=summary,
+            boxes=(*descriptors, *means),
         )  # fmt: skip
     return out, lse
 

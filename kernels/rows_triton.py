@@ -8,7 +8,6 @@ Names as in `attention`: `i_` program index, `p_` pointer, `o_` offsets, `m_` ma
 # mypy: disable-error-code="operator, index, attr-defined, no-untyped-call"
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -20,7 +19,7 @@ from sparse_dit.kernels.pieces import aligned, pieces
 from sparse_dit.kernels.tiles import architecture
 
 ROWS, VALUES = 64, 64  # three sums of 64 rows and channels take 96 registers a thread
-WARPS, STAGES = 4, 2
+WARPS = 4
 TOKENS = 1024  # of an order that a program writes
 SPANS = 64  # of the keys of a head at most, so that a program of the merge holds them all at once
 PROGRAMS = 264  # that a launch aims at, whatever the GPU: two on each multiprocessor of the largest
@@ -202,19 +201,19 @@ def closest_kernel(
     tl.store(p_closest + i_h.to(tl.int64) * seq + o_s, b_id, mask=o_s < seq)
 
 
-def tile_for(head_size: int, arch: str) -> int:
-    """Keys a tile: of twice as many half the decays and sums, where a multiprocessor's matrix unit leaves registers."""
-    return 64 if arch == "sm_90" and head_size in (64, 128) else 32
+def tile_for(head_size: int, arch: str) -> tuple[int, int]:
+    """Keys a tile, and tiles in flight: tiles of twice the keys decay half as often, where registers allow them."""
+    return (64, 3) if arch == "sm_90" and head_size in (64, 128) else (32, 2)
 
 
-def constants(head_size: int, dtype: torch.dtype, arch: str) -> dict[str, Any]:
+def constants(head_size: int, dtype: torch.dtype, tile: int) -> dict[str, object]:
     """The compile-time arguments of rows_kernel."""
     return {
         "HEAD_SIZE": head_size,
         "COLUMNS": power_of_2(head_size),
         "VALUES": VALUES,
         "ROWS": ROWS,
-        "TILE": tile_for(head_size, arch),
+        "TILE": tile,
         "PRECISION": "ieee" if dtype is torch.float32 else "tf32",
     }
 
@@ -229,8 +228,8 @@ def triton_band_errors(
     q, k, v = aligned(q), aligned(k), aligned(v)
     own, keys = own.contiguous(), keys.contiguous()
     batch, heads, seq, head_size = q.shape
-    fixed = constants(head_size, q.dtype, architecture(q.device))
-    tile, parts = fixed["TILE"], cdiv(head_size, VALUES)
+    tile, stages = tile_for(head_size, architecture(q.device))
+    fixed, parts = constants(head_size, q.dtype, tile), cdiv(head_size, VALUES)
     spans = min(SPANS, cdiv(seq, tile), max(1, PROGRAMS // (batch * heads * parts)))
     span = cdiv(cdiv(seq, spans), tile) * tile
     spans = cdiv(seq, span)
@@ -243,7 +242,7 @@ def triton_band_errors(
             rows_kernel, (parts, spans, batch * heads),
             q, k, v, rows, own, *keys, out, peak, weight, scale * math.log2(math.e), float(reach),
             *pieces(q), *pieces(k), *pieces(v), heads, len(rows), seq, span, **fixed,
-            num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=True,
+            num_warps=WARPS, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
         launch_kernel(
             rows_error_kernel, (len(rows), batch * heads),

@@ -57,8 +57,9 @@ def variants(every: bool, arch: str) -> Iterator[tuple[Any, dict[str, Any], dict
         warps = ordered_triton.warps_for(fixed["TOKENS"], fixed["COLUMNS"])
         yield ordered_triton.order_means_kernel, fixed, types, warps, 3
     for head_size in ROWS[:last]:
-        fixed = rows_triton.constants(head_size, torch.bfloat16, arch)
-        yield rows_triton.rows_kernel, fixed, {}, rows_triton.WARPS, rows_triton.STAGES
+        tile, stages = rows_triton.tile_for(head_size, arch)
+        fixed = rows_triton.constants(head_size, torch.bfloat16, tile)
+        yield rows_triton.rows_kernel, fixed, {}, rows_triton.WARPS, stages
     merged = {"HEAD_SIZE": 72, "COLUMNS": 128, "SPANS": rows_triton.SPANS}
     yield rows_triton.rows_error_kernel, merged, {}, 4, 1
     placed = {"ROWS": rows_triton.ROWS, "TOKENS": rows_triton.TOKENS}

@@ -9,14 +9,12 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from sparse_dit.kernels.attention_hopper import hopper_forward_kernel
 from sparse_dit.kernels.means_hopper import hopper_means_kernel
 
-# precision, head size, keys a block, with an order, with summaries, whose tiles rows take in turns
+# precision, head size, keys a block, with an order, with summaries
 VARIANTS = (
     ("native", 128, 128, False),
     ("native", 64, 32, False),
     ("native", 128, 64, True, True),
     ("native", 64, 128, False, True),
-    ("native", 128, 128, False, True, True),
-    ("native", 64, 32, True, True, True),
     ("int8", 128, 64, True),
     ("int8_fp8", 128, 128, False),
     ("int8_fp8", 128, 64, True),
@@ -30,11 +28,9 @@ def descriptor(dtype: str, rows: int, columns: int) -> str:
     return f"tensordesc<{dtype}[1,1,{rows},{columns}],{layout!r}>"
 
 
-def source(
-    precision: str, head_size: int, block_k: int, ordered: bool, summary: bool = False, turns: bool = False
-) -> GluonASTSource:
+def source(precision: str, head_size: int, block_k: int, ordered: bool, summary: bool = False) -> GluonASTSource:
     codes, fp8 = precision != "native", precision == "int8_fp8"
-    fixed = {"ORDERED": ordered, "TURNS": turns, "D": head_size, "STAGES": 3 if head_size == 128 else 4, "i_index": 1}
+    fixed = {"ORDERED": ordered, "D": head_size, "STAGES": 3 if head_size == 128 else 4, "i_index": 1}
     if not codes:
         fixed |= dict.fromkeys(("p_q_scale", "p_lse_shift", "p_k_scale"))
     if not fp8:

@@ -54,7 +54,7 @@ def test_errors_are_those_of_whole_softmax(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rows, "SCORES", 1)  # head by head
-    monkeypatch.setattr(rows_triton, "tile_for", lambda *_: tile)
+    monkeypatch.setattr(rows_triton, "tile_for", lambda *_: (tile, 2))
     # As models lay out memory: heads of a token side by side.
     q, k, v = (drawn(batch, seq, heads, head_size, seed=seed).transpose(1, 2) for seed in range(3))
     picked = torch.randint(seq, (count,), generator=torch.Generator().manual_seed(4)).to(DEVICE)
