@@ -196,6 +196,7 @@ def _attend(
         b_p, b_max, b_decay, b_sum = softmax(b_first, b_max, scale)
     mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=total > 1)
     if SUMMARY:
+        b_p = b_p.to(dtype)
         b_starts = seen_as(b_biases, gl.float32, [STAGES, TILE_K], b_biases.layout)
     for i_tile in range(1, total):
         b_s, b_acc = _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
@@ -211,6 +212,8 @@ def _attend(
                 if i_tile >= count:
                     b_s += gl.expand_dims(b_starts.index(i_tile % STAGES).load(gl.SliceLayout(0, s_layout)), 0)
             b_p, b_max, b_decay, b_sums = softmax(b_s, b_max, scale)
+            if SUMMARY:
+                b_p = b_p.to(dtype)  # or else thread numbers of the end do not fit the registers
         b_sum = add_sums(b_sum, b_decay, b_sums)
         b_acc = _end_tile(i_tile, total, rings, b_acc, b_decay, STAGES)
         if FP8:  # noqa: SIM102 - a constant by itself: without it the rest is not compiled

@@ -35,14 +35,23 @@ def copy_block(d_x, i_b, i_h, start, full, b_x, part):
 @gluon.jit
 def produce(tiles, summaries, rings, lists, row, PARTS: gl.constexpr, SUMMARY: gl.constexpr):
     """The producer: all tiles of a program in the order in which they are consumed."""
-    load_tiles(tiles, rings, lists, row, PARTS)
+    _, _, b_k, _ = tiles
+    _, _, blocks, _, _ = lists
+    count = gl.cdiv(blocks, PARTS)
     if SUMMARY:
-        load_means(summaries, tiles, rings, lists, row, PARTS)
+        # What the list leaves out of the first tile of means is found while the first tiles of the list are read.
+        begun = gl.minimum(count, b_k.shape[0])
+        load_tiles(tiles, rings, lists, row, 0, begun, PARTS)
+        found = first_means(lists, row, b_k.shape[3])
+        load_tiles(tiles, rings, lists, row, begun, count, PARTS)
+        load_means(summaries, tiles, rings, lists, row, found, PARTS)
+    else:
+        load_tiles(tiles, rings, lists, row, 0, count, PARTS)
 
 
 @gluon.jit
-def load_tiles(tiles, rings, lists, row, PARTS: gl.constexpr):
-    """Copies the listed blocks, the last ones first, as stages become free."""
+def load_tiles(tiles, rings, lists, row, begin, end, PARTS: gl.constexpr):
+    """Copies the listed blocks of some tiles, the last ones first, as stages become free."""
     d_k, d_v, b_k, b_v = tiles
     _, k_full, k_empty, v_full, v_empty = rings
     p_indices, i_index, blocks, _, _ = lists
@@ -53,7 +62,7 @@ def load_tiles(tiles, rings, lists, row, PARTS: gl.constexpr):
     V_BYTES: gl.constexpr = b_v.numel // STAGES * b_v.dtype.primitive_bitwidth // 8
     FP8: gl.constexpr = b_v.dtype.primitive_bitwidth == 8
     count = gl.cdiv(blocks, PARTS)
-    for i_tile in range(count):
+    for i_tile in range(begin, end):
         stage = i_tile % STAGES
         phase = (i_tile // STAGES) & 1
         first = (count - 1 - i_tile) * PARTS
@@ -75,18 +84,34 @@ def load_tiles(tiles, rings, lists, row, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def load_means(summaries, tiles, rings, lists, row, PARTS: gl.constexpr):
+def first_means(lists, row, TILE: gl.constexpr):
+    """Block, place and `_listed` of the tile of means that a row starts at.
+
+    Rows take turns: all multiprocessors at the same tile would wait for the same lines of L2.
+    """
+    p_indices, i_index, blocks, means, _ = lists
+    _, _, i_block = row
+    first = i_block % gl.maximum(means, 1) * TILE
+    below = 0  # entries of the list
+    for place in range(0, blocks, 32):
+        below += gl.sum((_entries(place, p_indices, i_index, blocks) < first).to(gl.int32), 0)
+    b_listed, place = _listed(first, below, p_indices, i_index, blocks, TILE)
+    return first, place, b_listed
+
+
+@gluon.jit
+def load_means(summaries, tiles, rings, lists, row, found, PARTS: gl.constexpr):
     """Goes on with the means of all blocks, TILE a stage, and what is added to the scores of each.
 
-    Rows start at different tiles by turns: all multiprocessors at the same one would wait for the same lines of L2.
-    What the list leaves out of a tile is found while the stage before is still read.
+    What the list leaves out of a tile is found while the stage before is still read; `found` is of the first one.
     Means of a kernel that may still run (programmatic dependent launch): from here on it is waited for.
     """
     d_keys, d_values, b_biases, seq_k, scale = summaries
     d_k, _, b_k, b_v = tiles
     _, k_full, k_empty, v_full, v_empty = rings
     p_indices, i_index, blocks, means, _ = lists
-    i_b, i_h, i_block = row
+    i_b, i_h, _ = row
+    first, place, b_listed = found
     STAGES: gl.constexpr = b_k.shape[0]
     TILE_K: gl.constexpr = b_k.shape[3]
     WORDS: gl.constexpr = TILE_K // 32
@@ -100,10 +125,6 @@ def load_means(summaries, tiles, rings, lists, row, PARTS: gl.constexpr):
     o_lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     # A number that the compiler does not see, for a loop that stays one: the producer has few registers.
     words = gl.inline_asm_elementwise("mov.b32 $0, 4;", "=r", [], gl.int32, is_pure=False, pack=1)
-    first = i_block % gl.maximum(means, 1) * TILE_K
-    # In the list, of its first entry that is still to come.
-    place = _entries_below(first, p_indices, i_index, blocks, TILE_K)
-    b_listed, place = _listed(first, place, p_indices, i_index, blocks, TILE_K)
     for i_tile in range(count, count + means):
         stage = i_tile % STAGES
         phase = (i_tile // STAGES) & 1
@@ -129,32 +150,23 @@ def load_means(summaries, tiles, rings, lists, row, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _entries(place, p_indices, i_index, blocks, SIZE: gl.constexpr):
-    """SIZE entries of a list, those that it does not have beyond all blocks."""
-    o = place + gl.arange(0, SIZE, gl.BlockedLayout([1], [32], [1], [0]))
+def _entries(place, p_indices, i_index, blocks):
+    """32 entries of a list, those that it does not have beyond all blocks."""
+    o = place + gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     return gl.load(p_indices + o * i_index, mask=o < blocks, other=1 << 30)
 
 
 @gluon.jit
 def _listed(first, place, p_indices, i_index, blocks, TILE: gl.constexpr):
-    """Which blocks of a tile are listed: bit w of lane l is block first + 32 w + l; and the place behind them.
-
-    All entries that a tile can have are loaded at once: a load waits behind what is copied.
-    """
+    """Which blocks of a tile are listed: bit w of lane l is block first + 32 w + l; and the place behind them."""
+    # A number that the compiler does not see, for a loop that stays one: the producer has few registers.
+    words = gl.inline_asm_elementwise("mov.b32 $0, 4;", "=r", [], gl.int32, is_pure=False, pack=1)
     o_lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    # The list ascends: what lies before `first` lies before `place`.
-    b_entry = _entries(place, p_indices, i_index, blocks, TILE) - first
     b_listed = gl.zeros_like(o_lane)
-    for word in gl.static_range(TILE // 32):
-        bits = gl.sum(gl.where(b_entry >> 5 == word, 1 << (b_entry & 31), 0), 0)
+    for word in range(words):
+        b_bit = _entries(place, p_indices, i_index, blocks) - (first + word * 32)
+        m_here = b_bit < 32  # the list ascends: what lies before these blocks lies before `place`
+        bits = gl.sum(gl.where(m_here, 1 << b_bit, 0), 0)
         b_listed |= ((bits >> o_lane) & 1) << word
-    return b_listed, place + gl.sum((b_entry < TILE).to(gl.int32), 0)
-
-
-@gluon.jit
-def _entries_below(block, p_indices, i_index, blocks, SIZE: gl.constexpr):
-    """How many entries of a list are below a block."""
-    below = 0
-    for place in range(0, blocks, SIZE):
-        below += gl.sum((_entries(place, p_indices, i_index, blocks, SIZE) < block).to(gl.int32), 0)
-    return below
+        place += gl.sum(m_here.to(gl.int32), 0)
+    return b_listed, place
