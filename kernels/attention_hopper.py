@@ -95,7 +95,7 @@ def _weigh(b_p, b_v, stage, b_acc, PARTS: gl.constexpr, V_LAYOUT: gl.constexpr, 
 def _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, zero, wg: gl.constexpr, PARTS: gl.constexpr):
     """Starts the products of a tile, q k^T of its own and p v of the one before; returns q k^T, and p v on its way."""
     _, b_k, b_v, b_out, _ = tiles
-    _, _, k_empty, v_full, _ = rings
+    _, _, _, v_full, _ = rings
     STAGES: gl.constexpr = b_k.shape[0]
     QUANTIZED: gl.constexpr = b_k.dtype.primitive_bitwidth == 8
     VALUE_PRODUCTS: gl.constexpr = PARTS if b_v.dtype.primitive_bitwidth == 8 else 1
@@ -111,9 +111,7 @@ def _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, zero, wg: gl.const
     b_acc = _weigh(b_p, b_v, before, b_acc, PARTS, v_layout, dtype)
     if not QUANTIZED:
         mbarrier.arrive(turns.index(1 - wg), count=1)
-    b_s = warpgroup_mma_wait(VALUE_PRODUCTS, deps=[b_s])
-    mbarrier.arrive(k_empty.index(stage), count=1)
-    return b_s, b_acc
+    return warpgroup_mma_wait(VALUE_PRODUCTS, deps=[b_s]), b_acc
 
 
 @gluon.jit
@@ -200,6 +198,10 @@ def _attend(
         b_starts = seen_as(b_biases, gl.float32, [STAGES, TILE_K], b_biases.layout)
     for i_tile in range(1, total):
         b_s, b_acc = _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
+        if SUMMARY:  # noqa: SIM102 - a constant by itself: without it the rest is not compiled
+            if i_tile >= count:
+                b_s += gl.expand_dims(b_starts.index(i_tile % STAGES).load(gl.SliceLayout(0, s_layout)), 0)
+        mbarrier.arrive(k_empty.index(i_tile % STAGES), count=1)  # behind the load: biases belong to the stage of keys
         if QUANTIZED:
             b_s = b_s.reshape([64, PARTS, TILE_K // PARTS])
             b_p, b_max, b_decay, b_sums = softmax_of_parts(b_s, b_max, b_factor, b_lift)
@@ -208,9 +210,6 @@ def _attend(
                 b_q_scale, PER_GROUP, FP8,
             )  # fmt: skip
         else:
-            if SUMMARY:  # noqa: SIM102 - a constant by itself: without it the rest is not compiled
-                if i_tile >= count:
-                    b_s += gl.expand_dims(b_starts.index(i_tile % STAGES).load(gl.SliceLayout(0, s_layout)), 0)
             b_p, b_max, b_decay, b_sums = softmax(b_s, b_max, scale)
             if SUMMARY:
                 b_p = b_p.to(dtype)  # or else thread numbers of the end do not fit the registers
