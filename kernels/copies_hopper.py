@@ -92,10 +92,8 @@ def first_means(lists, row, TILE: gl.constexpr):
     p_indices, i_index, blocks, means, _ = lists
     _, _, i_block = row
     first = i_block % gl.maximum(means, 1) * TILE
-    below = 0  # entries of the list
-    for place in range(0, blocks, 32):
-        below += gl.sum((_entries(place, p_indices, i_index, blocks) < first).to(gl.int32), 0)
-    b_listed, place = _listed(first, below, p_indices, i_index, blocks, TILE)
+    place = _first_from(first, p_indices, i_index, blocks)
+    b_listed, place = _listed(first, place, p_indices, i_index, blocks, TILE)
     return first, place, b_listed
 
 
@@ -150,13 +148,6 @@ def load_means(summaries, tiles, rings, lists, row, found, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _entries(place, p_indices, i_index, blocks):
-    """32 entries of a list, those that it does not have beyond all blocks."""
-    o = place + gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    return gl.load(p_indices + o * i_index, mask=o < blocks, other=1 << 30)
-
-
-@gluon.jit
 def _listed(first, place, p_indices, i_index, blocks, TILE: gl.constexpr):
     """Which blocks of a tile are listed: bit w of lane l is block first + 32 w + l; and the place behind them."""
     # A number that the compiler does not see, for a loop that stays one: the producer has few registers.
@@ -164,9 +155,26 @@ def _listed(first, place, p_indices, i_index, blocks, TILE: gl.constexpr):
     o_lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     b_listed = gl.zeros_like(o_lane)
     for word in range(words):
-        b_bit = _entries(place, p_indices, i_index, blocks) - (first + word * 32)
+        m_entry = place + o_lane < blocks
+        b_bit = gl.load(p_indices + (place + o_lane) * i_index, mask=m_entry, other=1 << 30) - (first + word * 32)
         m_here = b_bit < 32  # the list ascends: what lies before these blocks lies before `place`
         bits = gl.sum(gl.where(m_here, 1 << b_bit, 0), 0)
         b_listed |= ((bits >> o_lane) & 1) << word
         place += gl.sum(m_here.to(gl.int32), 0)
     return b_listed, place
+
+
+@gluon.jit
+def _first_from(block, p_indices, i_index, blocks):
+    """The place of the first entry of a list that is no less than a block, found among 32 at a time."""
+    o_lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    place = 0
+    left = blocks
+    while left > 0:
+        step = gl.cdiv(left, 32)
+        b_entry = gl.load(p_indices + (place + o_lane * step) * i_index, mask=o_lane * step < left, other=1 << 30)
+        less = gl.sum((b_entry < block).to(gl.int32), 0)
+        passed = gl.where(less > 0, (less - 1) * step + 1, 0)  # all up to the last that is less
+        place += passed
+        left = gl.where(less > 0, gl.minimum(step - 1, left - passed), 0)
+    return place
