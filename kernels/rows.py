@@ -56,7 +56,19 @@ def closest_orders(errors: Tensor, orders: Tensor) -> Tensor:
 
     Returns:
         int64 [H, S]; where the errors are equal, the first order.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
+    if errors.dtype is not torch.float32 or errors.ndim != 4 or len(errors) != 2 or 0 in errors.shape:
+        raise ValueError(
+            f"errors: {errors.dtype} {list(errors.shape)}; valid: torch.float32 [2, B, H, rows], none of them 0"
+        )
+    if orders.dtype is not torch.int64 or orders.ndim != 2 or len(orders) != 2 or orders.device != errors.device:
+        raise ValueError(
+            f"orders: {orders.dtype} {list(orders.shape)} on {orders.device}; valid: torch.int64 [2, tokens] on "
+            f"{errors.device}"
+        )
     if errors.is_cuda:
         from sparse_dit.kernels.rows_triton import triton_closest_orders
 

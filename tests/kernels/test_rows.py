@@ -105,6 +105,14 @@ def test_bad_arguments_are_refused() -> None:
         band_errors(q, q, q, picked, token, token[:, 1:], 1, scale=1.0)
     with pytest.raises(ValueError, match=r"^reach: -1; valid: 0 or more units"):
         band_errors(q, q, q, picked, token, token, -1, scale=1.0)
+    with pytest.raises(
+        ValueError, match=r"^errors: torch.float32 \[3, 1, 2, 4\]; valid: torch.float32 \[2, B, H, rows"
+    ):
+        closest_orders(torch.zeros(3, 1, 2, 4), torch.zeros(2, 9, dtype=torch.int64))
+    with pytest.raises(
+        ValueError, match=r"^orders: torch.float32 \[2, 9\] on cpu; valid: torch.int64 \[2, tokens\] on"
+    ):
+        closest_orders(torch.zeros(2, 1, 2, 4), token)
 
 
 @pytest.mark.gpu
