@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_dit.kernels.backends import CUDA_DTYPES
 from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel
+from sparse_dit.kernels.ordered_triton import triton_gather_heads
 from sparse_dit.kernels.pieces import steps
 
 # Elements a program moves, TOKENS places by COLUMNS of all heads' channels: 8 KB in 16 bits. A thread has four
@@ -126,6 +128,8 @@ def triton_gather(tensors: Sequence[Tensor], order: Tensor) -> list[Tensor]:
         As many [B, H, S, D], laid out in memory as [B, S, H, D].
     """
     batch, heads, seq, head_size = tensors[0].shape
+    if len(order) > 1 and tensors[0].dtype in CUDA_DTYPES:
+        return triton_gather_heads(tensors, order)
     roles = len(tensors)
     piece, strides = steps(*tensors)
     outs = [x.new_empty((batch, seq, heads, head_size)) for x in tensors]

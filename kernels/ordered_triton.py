@@ -1,4 +1,4 @@
-"""Triton: tokens of q, k and v into the order in which they enter blocks, and the means of runs of q and of k, at once.
+"""Triton: tokens into the order in which they enter blocks, a head at a time, and the means of runs of q and of k.
 
 Names as in `attention`: `i_` program index, `p_` pointer, `o_` offsets, `m_` mask, `b_` values on chip.
 """
@@ -6,6 +6,8 @@ Names as in `attention`: `i_` program index, `p_` pointer, `o_` offsets, `m_` ma
 # Triton kernel bodies are a language of their own: their arguments carry no Python types.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="operator, index, attr-defined, no-untyped-call"
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -146,19 +148,38 @@ def triton_order_with_means(
     What is in order lies in memory as [B, S, H, D].
     """
     batch, heads, seq, head_size = q.shape
-    tensors = (q, k, v)
-    piece, strides = steps(*tensors)
-    outs = [torch.empty(batch, seq, heads, head_size, dtype=x.dtype, device=x.device) for x in tensors]
-    runs = [cdiv(seq, unit) for unit in units]
     dtype = q.dtype if parts else torch.float32
-    q_means, k_means = (torch.empty(batch, heads, n, head_size, dtype=dtype, device=q.device) for n in runs)
+    q_means, k_means = (torch.empty(batch, heads, cdiv(seq, n), head_size, dtype=dtype, device=q.device) for n in units)
+    return _moved((q, k, v), q_order, k_order, units, (q_means, k_means)), q_means, k_means
+
+
+def triton_gather_heads(tensors: Sequence[Tensor], order: Tensor) -> list[Tensor]:
+    """The contract of `gather_triton.triton_gather`, the tokens of a head at a time: for orders that differ by head."""
+    # The kernel has three roles. Those that are not there are not launched, and none of them takes means.
+    q, k, v = (*tensors, tensors[0], tensors[0])[:3]
+    return _moved((q, k, v), order, order, (0, 0), (None, None), roles=len(tensors))
+
+
+def _moved(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    q_order: Tensor,
+    k_order: Tensor,
+    units: tuple[int, int],
+    means: Sequence[Tensor | None],
+    roles: int = 3,
+) -> list[Tensor]:
+    """The first `roles` tensors in their orders; writes the means of runs of `units` tokens, 0 for none."""
+    batch, heads, seq, head_size = tensors[0].shape
+    piece, strides = steps(*tensors)
+    outs = [torch.empty(batch, seq, heads, head_size, dtype=x.dtype, device=x.device) for x in tensors[:roles]]
     fixed = constants(units, head_size, piece)
     q_order, k_order = q_order.contiguous(), k_order.contiguous()
-    with device_of(q):
+    with device_of(q_order):
         launch_kernel(
-            order_means_kernel, (cdiv(seq, fixed["TOKENS"]) * heads, batch, 3),
-            *tensors, *outs, q_means, k_means, q_order, k_order, *strides,
+            order_means_kernel, (cdiv(seq, fixed["TOKENS"]) * heads, batch, roles),
+            *tensors, *outs, *outs[:1] * (3 - roles), *means, q_order, k_order, *strides,
             *(0 if len(order) == 1 else order.stride(0) for order in (q_order, k_order)),
-            heads, seq, *runs, **fixed, num_warps=warps_for(fixed["TOKENS"], fixed["COLUMNS"]), enable_fp_fusion=True,
+            heads, seq, *(cdiv(seq, unit) if unit else 0 for unit in units), **fixed,
+            num_warps=warps_for(fixed["TOKENS"], fixed["COLUMNS"]), enable_fp_fusion=True,
         )  # fmt: skip
-    return [rearrange(out, "b s h d -> b h s d") for out in outs], q_means, k_means
+    return [rearrange(out, "b s h d -> b h s d") for out in outs]

@@ -1,4 +1,4 @@
-"""Attention of a few query rows: how far it is, under several bands of keys, from that over all keys."""
+"""Attention of a few query rows: how far it is, under bands of keys, from that over all keys, and what follows."""
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ def band_errors(
 ) -> Tensor:
     """Squared distance of what a few queries get from the keys of a band from what they get from all keys.
 
-    error_m = sum over rows and channels of (out_m - out)^2, out softmax attention over all keys, out_m that over the
-    keys that band m leaves: what head typing by sampled rows compares (Sparse VideoGen, arXiv 2502.01776). Tokens have
-    a unit for each band; a row sees the keys that are not `reach` units away or farther. NaN is at no distance: a query
+    error_m = sum over channels of (out_m - out)^2 of each row, out softmax attention over all keys, out_m that over the
+    keys that band m leaves: what head typing by sampled rows sums up (Sparse VideoGen, arXiv 2502.01776). Tokens have a
+    unit for each band; a row sees the keys that are not `reach` units away or farther. NaN is at no distance: a query
     of unit NaN sees every key, and a key of unit NaN is seen by every query.
 
     One pass over k and v for all bands. Floor: the bytes of k and v once.
@@ -33,7 +33,7 @@ def band_errors(
         scale: positive factor on the scores.
 
     Returns:
-        fp32 [M, B, H].
+        fp32 [M, B, H, R].
 
     Raises:
         ValueError: an argument is not as above.
@@ -44,7 +44,37 @@ def band_errors(
 
         return triton_band_errors(q, k, v, rows, own, keys, reach, scale)
     whole, *left = torch_rows(q[:, :, rows], k, v, seen_keys(own[:, rows], keys, reach), scale)
-    return torch.stack([(out - whole).square().sum(dim=(-2, -1)) for out in left])
+    return torch.stack([(out - whole).square().sum(dim=-1) for out in left])
+
+
+def closest_orders(errors: Tensor, orders: Tensor) -> Tensor:
+    """The order of each head: that of the band whose error, summed over batch entries and rows, is the smaller one.
+
+    Args:
+        errors: fp32 [2, B, H, R], as `band_errors` gives them.
+        orders: int64 [2, S], the order that goes with each band.
+
+    Returns:
+        int64 [H, S]; where the errors are equal, the first order.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+    if errors.dtype is not torch.float32 or errors.ndim != 4 or len(errors) != 2 or 0 in errors.shape:
+        raise ValueError(
+            f"errors: {errors.dtype} {list(errors.shape)}; valid: torch.float32 [2, B, H, rows], none of them 0"
+        )
+    if orders.dtype is not torch.int64 or orders.ndim != 2 or len(orders) != 2 or orders.device != errors.device:
+        raise ValueError(
+            f"orders: {orders.dtype} {list(orders.shape)} on {orders.device}; valid: torch.int64 [2, tokens] on "
+            f"{errors.device}"
+        )
+    if errors.is_cuda:
+        from sparse_dit.kernels.rows_triton import triton_closest_orders
+
+        return triton_closest_orders(errors, orders)
+    first, second = errors.sum(dim=(1, 3))
+    return torch.where((second < first)[:, None], orders[1], orders[0])
 
 
 def seen_keys(own: Tensor, keys: Tensor, reach: int) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from sparse_dit.apart import attend_chosen, choose_clustered
 from sparse_dit.kernels.backends import told_backend
 from sparse_dit.kernels.blocks import BlockList
-from sparse_dit.kernels.density import measured_density
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.kernels.replays import Replays
@@ -154,7 +153,7 @@ def attend(
     if isinstance(recipe.selection, Dynamic):
         chosen, whole = _choose(recipe, layout, q, k, v, scale, layer, step, slot, refresh, spread)
         if refresh or slot.density is None:
-            slot.density = measured_density(chosen.blocks, layout.length)
+            slot.density = chosen.measured(layout.length)
             if chosen.heads is not None:
                 slot.density = slot.density * (len(chosen.heads) / q.shape[1])
         density: float | torch.Tensor = slot.density
@@ -235,7 +234,9 @@ def _read_again(recipe: Recipe, step: int, slot: Slot) -> tuple[torch.Tensor, ..
         return None
     if not isinstance(selection, Dynamic) or (selection.repeats and not recipe.schedule.keeps):
         return ()
-    if not selection.repeats or recipe.schedule.refreshes(step, slot.refreshed) or slot.density is None:
+    if not selection.repeats or recipe.schedule.refreshes(step, slot.refreshed):
+        return None
+    if not isinstance(slot.density, torch.Tensor):
         return None
     return (*slot.values(), slot.density)
 

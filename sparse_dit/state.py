@@ -57,7 +57,7 @@ class Slot(dict[str, torch.Tensor]):
         super().__init__()
         self.refreshed: int | None = None
         self.signature: Hashable = None
-        self.density: torch.Tensor | None = None
+        self.density: float | torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:

@@ -30,7 +30,6 @@ from sparse_dit.eval.bench.cases import GRIDS, Case, Shape, read_shape
 from sparse_dit.eval.bench.clock import Clock, CudaClock, HostClock
 from sparse_dit.eval.bench.inputs import Inputs
 from sparse_dit.eval.bench.yardsticks import dense_kernel, yardstick
-from sparse_dit.kernels.density import measured_density
 from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.kernels.ordered import in_order
 from sparse_dit.layout import TokenLayout
@@ -128,10 +127,10 @@ def _of_layer(recipe: Recipe, layout: TokenLayout, qkv: Sequence[Tensor], clock:
     def timed(work: Callable[[], object]) -> float:
         return clock.measure(lambda _: work()).ms
 
-    def listed(choose: Callable[[], Chosen | None]) -> Tensor:
+    def listed(choose: Callable[[], Chosen | None]) -> float | Tensor:
         chosen = choose()
         assert chosen is not None
-        return measured_density(chosen.blocks, layout.length)
+        return chosen.measured(layout.length)
 
     parts = dict.fromkeys(PARTS, 0.0)
     if selection.needs_lse:

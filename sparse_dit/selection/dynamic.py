@@ -10,6 +10,7 @@ import torch
 
 from sparse_dit.kernels.bits import bits_to_lists, lists_to_bits
 from sparse_dit.kernels.blocks import BlockList
+from sparse_dit.kernels.density import measured_density
 from sparse_dit.kernels.ordered import Ordered, order_with_means
 from sparse_dit.kernels.pool import block_means
 from sparse_dit.kernels.scores import part_means
@@ -103,6 +104,7 @@ class Chosen(NamedTuple):
         heads: int64 [n] on q's device, ascending: the heads that are computed, to which the block list and `table`
             belong; the output of the others is zero. `None` is all of them.
         ordered: q, k and v in these orders, where choosing has brought them into it; for the same call alone.
+        density: of the block list over the whole sequence, where that is known without counting.
     """
 
     blocks: BlockList
@@ -110,6 +112,11 @@ class Chosen(NamedTuple):
     key_table: torch.Tensor | None = None
     heads: torch.Tensor | None = None
     ordered: Ordered | None = None
+    density: float | None = None
+
+    def measured(self, length: int) -> float | torch.Tensor:
+        """The density of the block list: as known, or else counted where the list is (`measured_density`)."""
+        return measured_density(self.blocks, length) if self.density is None else self.density
 
 
 class Dynamic(ABC):

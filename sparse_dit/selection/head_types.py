@@ -12,7 +12,7 @@ import torch
 
 from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import mask_to_lists
-from sparse_dit.kernels.rows import band_errors
+from sparse_dit.kernels.rows import band_errors, closest_orders
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Order, Rows, TimeMajor
 from sparse_dit.selection.band import Band, ProfileUnits, profile_units
@@ -70,17 +70,14 @@ class HeadTypes(Dynamic):
 
     def choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Chosen:
         """See `Dynamic.choose`."""
-        spatial, temporal = self.errors(q, k, v, call)
-        return self._chosen(temporal < spatial, call)
+        orders = _orders(call.layout, call.orders, q.device)
+        return self._chosen(closest_orders(self.errors(q, k, v, call), orders), call)
 
-    def errors(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared errors of each head under the spatial and the temporal profiling mask, fp32 [H] each."""
+    def errors(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+        """Squared errors of sampled rows under the spatial and the temporal profiling mask, fp32 [2, B, H, rows]."""
         rows = _drawn(call.layer, call.step, self.rows, min(call.layout.length, self.row_limit), q.device)
         units = _units(call.layout, call.orders, self.profile_frames, self.sink_frames, q.device)
-        errors = band_errors(q, k, v, rows, *units, scale=call.scale).sum(dim=1)
-        return errors[0], errors[1]
+        return band_errors(q, k, v, rows, *units, scale=call.scale)
 
     def keep(self, chosen: Chosen, call: Call) -> None:
         """See `Dynamic.keep`: the types alone tell everything."""
@@ -91,7 +88,9 @@ class HeadTypes(Dynamic):
 
     def recall(self, call: Call) -> Chosen:
         """See `Dynamic.recall`."""
-        return self._chosen(call.slot["temporal"], call)
+        temporal = call.slot["temporal"]
+        spatial_order, temporal_order = _orders(call.layout, call.orders, temporal.device)
+        return self._chosen(torch.where(temporal[:, None], temporal_order, spatial_order), call)
 
     def kept_bytes(
         self, layout: TokenLayout, block_q: int, block_k: int, *, batch: int, heads: int, keeps: bool
@@ -103,18 +102,17 @@ class HeadTypes(Dynamic):
         """See `Dynamic.expected_density`: all heads compute the same band."""
         return mask_density(self.band.select(layout, block_q, block_k), layout, block_q, block_k)
 
-    def _chosen(self, is_temporal: torch.Tensor, call: Call) -> Chosen:
-        _, time_major = call.tables
-        assert time_major is not None
-        blocks = _lists(self.band, call.layout, call.block_q, call.block_k, time_major.device)
-        return Chosen(
-            blocks, torch.where(is_temporal[:, None], time_major, _as_they_stand(call.layout, time_major.device))
-        )
+    def _chosen(self, table: torch.Tensor, call: Call) -> Chosen:
+        blocks, density = _lists(self.band, call.layout, call.block_q, call.block_k, table.device)
+        return Chosen(blocks, table, density=density)
 
 
 @functools.lru_cache(maxsize=16)
-def _as_they_stand(layout: TokenLayout, device: torch.device) -> torch.Tensor:
-    return torch.arange(layout.length, device=device)
+def _orders(layout: TokenLayout, orders: tuple[Order, ...], device: torch.device) -> torch.Tensor:
+    """Token ids as they stand and in the time-major order, int64 [2, S]."""
+    time_major = orders[1].table(layout, 1)
+    assert time_major is not None
+    return torch.stack([torch.arange(layout.length), time_major[0]]).to(device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -135,5 +133,9 @@ def _units(
 
 
 @functools.lru_cache(maxsize=16)
-def _lists(band: Band, layout: TokenLayout, block_q: int, block_k: int, device: torch.device) -> BlockList:
-    return mask_to_lists(band.select(layout, block_q, block_k)[None], block_q, block_k).to(device)
+def _lists(
+    band: Band, layout: TokenLayout, block_q: int, block_k: int, device: torch.device
+) -> tuple[BlockList, float]:
+    """The block list of all heads, and its density."""
+    mask = band.select(layout, block_q, block_k)
+    return mask_to_lists(mask[None], block_q, block_k).to(device), mask_density(mask, layout, block_q, block_k)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from offline import report
+from offline import architecture_of, report, target_of
 from triton.compiler import ASTSource
 
 from sparse_dit.kernels import ordered_triton, rows_triton, scores_triton
@@ -35,12 +35,12 @@ SCORES = ((256, 8, 4, "logsumexp"), (128, 8, 4, "logsumexp"), (72, 2, 1, "logsum
 ROWS = (128, 72)
 BLOCK_SCORES = (128, 72, 256)
 # head size, tokens of a run of queries and of keys, type of the means
-ORDERED = ((72, (16, 16), "*bf16"), (128, (128, 64), "*fp32"), (256, (128, 32), "*fp32"))
+ORDERED = ((72, (16, 16), "*bf16"), (128, (0, 0), "*bf16"), (128, (128, 64), "*fp32"), (256, (128, 32), "*fp32"))
 # head size, tokens a part, whether in an order
 PARTS = ((72, 4, True), (128, 16, True), (256, 64, False))
 
 
-def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], dict[str, str], int, int]]:
+def variants(every: bool, arch: str) -> Iterator[tuple[Any, dict[str, Any], dict[str, str], int, int]]:
     """Kernel, compile-time arguments, types unlike `POINTERS`, warps, stages; one variant a kernel or all."""
     last = None if every else 1
     for head_size, per_q, per_k, reduction in SCORES[:last]:
@@ -62,14 +62,19 @@ def variants(every: bool) -> Iterator[tuple[Any, dict[str, Any], dict[str, str],
         warps = ordered_triton.warps_for(fixed["TOKENS"], fixed["COLUMNS"])
         yield ordered_triton.order_means_kernel, fixed, types, warps, 3
     for head_size in ROWS[:last]:
-        fixed = rows_triton.constants(head_size, torch.bfloat16)
-        yield rows_triton.rows_kernel, fixed, {}, rows_triton.WARPS, rows_triton.STAGES
+        tile, stages = rows_triton.tile_for(head_size, arch)
+        fixed = rows_triton.constants(head_size, torch.bfloat16, tile)
+        yield rows_triton.rows_kernel, fixed, {}, rows_triton.WARPS, stages
     merged = {"HEAD_SIZE": 72, "COLUMNS": 128, "SPANS": rows_triton.SPANS}
     yield rows_triton.rows_error_kernel, merged, {}, 4, 1
+    placed = {"ROWS": rows_triton.ROWS, "TOKENS": rows_triton.TOKENS}
+    types = {"p_orders": "*i64", "p_closest": "*i64"}
+    yield rows_triton.closest_kernel, placed, types, rows_triton.WARPS, 1
 
 
 def main(target_name: str) -> None:
-    for kernel, fixed, types, num_warps, num_stages in variants(every=target_name == "cuda:90"):
+    arch = architecture_of(target_of(target_name))
+    for kernel, fixed, types, num_warps, num_stages in variants(target_name == "cuda:90", arch):
         signature, attributes = {}, {}
         for position, name in enumerate(kernel.arg_names):
             if name in fixed:

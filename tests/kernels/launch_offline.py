@@ -19,7 +19,7 @@ from sparse_dit.kernels.lists_triton import triton_lists
 from sparse_dit.kernels.mass_triton import triton_mass
 from sparse_dit.kernels.ordered_triton import triton_order_with_means
 from sparse_dit.kernels.pool_triton import triton_pool
-from sparse_dit.kernels.rows_triton import triton_band_errors
+from sparse_dit.kernels.rows_triton import triton_band_errors, triton_closest_orders
 from sparse_dit.kernels.scores_triton import triton_block_scores, triton_part_means, triton_scores
 
 # precision, head size, keys a block, with an order, what becomes of skipped blocks
@@ -59,6 +59,7 @@ def choose() -> None:
     """Prints the launches of everything that judges blocks and makes lists of them."""
     q, k, v = (torch.zeros(1, SEQ, HEADS, 64, dtype=torch.bfloat16).transpose(1, 2) for _ in "qkv")
     order, few = torch.arange(SEQ)[None], torch.arange(5)
+    units = order.float().expand(2, -1)
     scores, own = torch.zeros(1, HEADS, 4, 8), torch.zeros(1, HEADS, 4, 8, dtype=torch.bool)
     blocks = mask_to_lists(~own, 128, 64)
     works: dict[str, Callable[[], object]] = {
@@ -67,7 +68,8 @@ def choose() -> None:
         "means": lambda: triton_pool(k, 64, order, None, True),
         "scores": lambda: triton_scores(q, k, 8, 4, 0.125, "logsumexp"),
         "scores of means": lambda: triton_block_scores(scores, scores, 0.125),
-        "sampled rows": lambda: triton_band_errors(q, k, v, few, order, order, 7, 0.125),
+        "sampled rows": lambda: triton_band_errors(q, k, v, few, units, units, 7, 0.125),
+        "closest orders": lambda: triton_closest_orders(torch.zeros(2, 1, HEADS, 5), order.expand(2, -1)),
         "count": lambda: triton_take_count(scores[0], 5, None),
         "mass": lambda: triton_take_mass(scores[0], own[0], 0.25),
         "lists": lambda: triton_lists("top_k", scores, 8, 3),

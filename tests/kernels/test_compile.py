@@ -18,8 +18,10 @@ ATTENTION = {"block_sparse_forward_kernel", "int8_forward_kernel", "quantize_ker
 ATTENTION |= {"gather_kernel"}
 BLOCKS = {"pool_kernel", "block_mass_kernel", "select_kernel", "density_kernel", "rank_rows_kernel"}
 BLOCKS |= {"digit_kernel", "ties_kernel", "taken_kernel", "bits_to_lists_kernel", "lists_to_bits_kernel", "lift_kernel"}
-CHOOSING = {"order_means_kernel", "scores_kernel", "block_scores_kernel", "parts_kernel"}
-CHOOSING |= {"rows_kernel", "rows_error_kernel"}
+CHOOSING = {
+    *("order_means_kernel", "scores_kernel", "block_scores_kernel", "parts_kernel"),
+    *("rows_kernel", "rows_error_kernel", "closest_kernel"),
+}
 SUMMARY = {"means_kernel", "skipped_tiles_kernel", "summary_kernel"}
 HOPPER = {"hopper_forward_kernel", "hopper_means_kernel", "hopper_quantize_kernel"}
 # Program, the targets of one run of it, its kernels. The longest goes target by target, for the sake of two cores.

@@ -16,6 +16,7 @@ CHOICES = {
     "scores": ["scores_kernel"],
     "scores of means": ["block_scores_kernel"],
     "sampled rows": ["rows_kernel", "rows_error_kernel"],
+    "closest orders": ["closest_kernel"],
     "count": CUTOFF,
     "mass": CUTOFF,
     "lists": ["select_kernel"],

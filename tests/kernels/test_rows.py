@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_dit.kernels import rows
-from sparse_dit.kernels.rows import band_errors, seen_keys
-from sparse_dit.kernels.rows_triton import triton_band_errors
+from sparse_dit.kernels import rows, rows_triton
+from sparse_dit.kernels.rows import band_errors, closest_orders, seen_keys
+from sparse_dit.kernels.rows_triton import triton_band_errors, triton_closest_orders
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,7 +31,7 @@ def exact_errors(q: Tensor, k: Tensor, v: Tensor, picked: Tensor, masks: Tensor,
     weights = scale * q[:, :, picked].double() @ k.double().mT
     whole = weights.softmax(-1) @ v.double()
     outs = [weights.masked_fill(~mask, -torch.inf).softmax(-1) @ v.double() for mask in masks]
-    return torch.stack([(out - whole).square().sum(dim=(-2, -1)) for out in outs])
+    return torch.stack([(out - whole).square().sum(dim=-1) for out in outs])
 
 
 def triton(q: Tensor, k: Tensor, v: Tensor, *rest: object, scale: float) -> Tensor:
@@ -40,7 +40,8 @@ def triton(q: Tensor, k: Tensor, v: Tensor, *rest: object, scale: float) -> Tens
 
 @pytest.mark.parametrize("compute", [band_errors, triton], ids=["torch", "triton"])
 @pytest.mark.parametrize(
-    ("batch", "heads", "count", "seq", "head_size"), [(2, 3, 17, 203, 72), (1, 2, 64, 64, 64), (1, 1, 70, 129, 64)]
+    ("batch", "heads", "count", "seq", "head_size", "tile"),
+    [(2, 3, 17, 203, 72, 32), (1, 2, 64, 64, 64, 64), (1, 1, 70, 129, 64, 64), (1, 1, 5, 9, 64, 32)],
 )
 def test_errors_are_those_of_whole_softmax(
     compute: Callable[..., Tensor],
@@ -49,18 +50,21 @@ def test_errors_are_those_of_whole_softmax(
     count: int,
     seq: int,
     head_size: int,
+    tile: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rows, "SCORES", 1)  # head by head
+    monkeypatch.setattr(rows_triton, "tile_for", lambda *_: (tile, 2))
     # As models lay out memory: heads of a token side by side.
     q, k, v = (drawn(batch, seq, heads, head_size, seed=seed).transpose(1, 2) for seed in range(3))
     picked = torch.randint(seq, (count,), generator=torch.Generator().manual_seed(4)).to(DEVICE)
     own, keys = units(seq, 16)
     found = compute(q, k, v, picked, own, keys, 2, scale=head_size**-0.5)
     exact = exact_errors(q, k, v, picked, seen_keys(own[:, picked], keys, 2), head_size**-0.5)
-    assert found.shape == (2, batch, heads)
+    assert found.shape == (2, batch, heads, count)
     # Weights are rounded to 16 bits before they meet v, 2^-11 of outputs whose distances are squared.
-    torch.testing.assert_close(found.double(), exact, atol=0, rtol=4 * 2**-11)
+    torch.testing.assert_close(found.double().sum(-1), exact.sum(-1), atol=0, rtol=4 * 2**-11)
+    torch.testing.assert_close(found.double(), exact, atol=0, rtol=2**-6)
 
 
 @pytest.mark.parametrize("compute", [band_errors, triton], ids=["torch", "triton"])
@@ -71,8 +75,23 @@ def test_a_row_without_a_key_in_a_band_gets_zeros_there(compute: Callable[..., T
     picked = torch.tensor([3, 20], device=DEVICE)
     found = compute(q, k, v, picked, own, keys, 100, scale=0.125)
     whole = (0.125 * q[:, :, picked].double() @ k.double().mT).softmax(-1) @ v.double()
-    assert float(found[0]) == pytest.approx(0.0, abs=1e-6)
-    assert float(found[1]) == pytest.approx(float(whole.square().sum()), rel=2**-9)
+    assert float(found[0].sum()) == pytest.approx(0.0, abs=1e-6)
+    assert found[1].flatten().tolist() == pytest.approx(whole.square().sum(-1).flatten().tolist(), rel=2**-9)
+
+
+@pytest.mark.parametrize("compute", [closest_orders, triton_closest_orders], ids=["torch", "triton"])
+@pytest.mark.parametrize(("batch", "count", "seq"), [(1, 1, 5), (2, 64, 1023), (3, 70, 2050)])
+def test_a_head_gets_the_order_of_the_smaller_sum(
+    compute: Callable[..., Tensor], batch: int, count: int, seq: int
+) -> None:
+    errors = drawn(2, batch, 5, count, dtype=torch.float32).square()
+    errors[:, 0, 1:3, -1] = torch.tensor([[9.0, 0.0], [0.0, 9.0]], device=DEVICE) * count  # the last row decides
+    errors[0, :, 0] = errors[1, :, 0]  # alike: the first
+    orders = torch.stack([torch.arange(seq), torch.randperm(seq)]).to(DEVICE)
+    found = compute(errors, orders)
+    second = (errors[1].double().sum(dim=(0, 2)) < errors[0].double().sum(dim=(0, 2))).tolist()
+    assert second[:3] == [False, True, False]
+    assert torch.equal(found, torch.stack([orders[int(is_second)] for is_second in second]))
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -86,6 +105,14 @@ def test_bad_arguments_are_refused() -> None:
         band_errors(q, q, q, picked, token, token[:, 1:], 1, scale=1.0)
     with pytest.raises(ValueError, match=r"^reach: -1; valid: 0 or more units"):
         band_errors(q, q, q, picked, token, token, -1, scale=1.0)
+    with pytest.raises(
+        ValueError, match=r"^errors: torch.float32 \[3, 1, 2, 4\]; valid: torch.float32 \[2, B, H, rows"
+    ):
+        closest_orders(torch.zeros(3, 1, 2, 4), torch.zeros(2, 9, dtype=torch.int64))
+    with pytest.raises(
+        ValueError, match=r"^orders: torch.float32 \[2, 9\] on cpu; valid: torch.int64 \[2, tokens\] on"
+    ):
+        closest_orders(torch.zeros(2, 1, 2, 4), token)
 
 
 @pytest.mark.gpu
@@ -96,4 +123,4 @@ def test_at_pinned_launches_on_a_gpu(head_size: int) -> None:
     own, keys = units(5003, 128)
     found = band_errors(q, k, v, picked, own, keys, 3, scale=head_size**-0.5)
     exact = exact_errors(q, k, v, picked, seen_keys(own[:, picked], keys, 3), head_size**-0.5)
-    torch.testing.assert_close(found.double(), exact, atol=0, rtol=4 * 2**-8)
+    torch.testing.assert_close(found.double().sum(-1), exact.sum(-1), atol=0, rtol=4 * 2**-8)

@@ -18,7 +18,7 @@ HOPPER = {
         "lift",
         "hopper_forward",
     ],
-    "svg": ["rows", "rows_error", "density", "gather", "hopper_forward"],
+    "svg": ["rows", "rows_error", "closest", "order_means", "hopper_forward"],
     "svg2": ["order_means", "block_scores", "select", "density", "hopper_forward"],
     "radial": ["hopper_forward"],
 }

@@ -42,9 +42,9 @@ def test_types_are_those_of_the_exact_profile_of_all_rows(call_for: CallFor, pla
         for mask in seen
     ]
     assert (exact[1] < exact[0]).tolist() == [False, True, False, True]
-    spatial, temporal = TYPES.errors(q, k, v, call)
+    spatial, temporal = TYPES.errors(q, k, v, call).sum(dim=(1, 3))
     assert ((temporal < spatial) == (exact[1] < exact[0])).all()
-    every_row = replace(TYPES, rows=4 * LAYOUT.length).errors(q, k, v, call)
+    every_row = replace(TYPES, rows=4 * LAYOUT.length).errors(q, k, v, call).sum(dim=(1, 3))
     for sampled, full in zip(every_row, exact, strict=True):
         # Four draws a row with replacement: the estimate of a mean over 1,536 rows is within a tenth.
         assert sampled.double() / 4 == pytest.approx(full, rel=0.1)
@@ -62,6 +62,7 @@ def test_each_head_gets_the_band_in_its_own_order(call_for: CallFor, plant: Call
     band = Band(kept=0.2, sink_frames=0, rounding="down")
     assert torch.equal(lists_to_mask(chosen.blocks, call.k_blocks)[0], band.select(LAYOUT, 16, 16))
     assert chosen.blocks.density(LAYOUT.length, LAYOUT.length) == TYPES.expected_density(LAYOUT, 16, 16)
+    assert chosen.measured(LAYOUT.length) == TYPES.expected_density(LAYOUT, 16, 16)
 
 
 def test_the_right_order_keeps_more_than_the_wrong_one_and_than_chance(
