@@ -75,36 +75,6 @@ def scores_kernel(
 
 
 @triton.jit
-def block_scores_kernel(
-    p_q,
-    p_k,
-    p_scores,
-    scale,
-    rows,
-    columns,
-    HEAD_SIZE: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """scale q.k of TILE by TILE blocks in fp32, CHUNK channels at a time: more would not stay in registers."""
-    i_k, i_q, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o_q, o_k = i_q * TILE + tl.arange(0, TILE), i_k * TILE + tl.arange(0, TILE)
-    m_q, m_k = o_q < rows, o_k < columns
-    p_q += (i_bh * rows + o_q[:, None]) * HEAD_SIZE
-    p_k += (i_bh * columns + o_k[None, :]) * HEAD_SIZE
-    b_score = tl.zeros([TILE, TILE], tl.float32)
-    for i in range(CHUNKS):
-        o_d = i * CHUNK + tl.arange(0, CHUNK)
-        m_d = o_d < HEAD_SIZE
-        b_q = tl.load(p_q + o_d[None, :], mask=m_q[:, None] & m_d[None, :], other=0.0)
-        b_k = tl.load(p_k + o_d[:, None], mask=m_k[None, :] & m_d[:, None], other=0.0)
-        b_score = tl.dot(b_q, b_k, b_score, input_precision="ieee")
-    o_out = (i_bh * rows + o_q[:, None]) * columns + o_k[None, :]
-    tl.store(p_scores + o_out, b_score * scale, mask=m_q[:, None] & m_k[None, :])
-
-
-@triton.jit
 def parts_kernel(
     p_x,
     p_order,
@@ -199,30 +169,6 @@ def triton_scores(
             scores_kernel, grid,
             q, k, scores, factor, q_parts, k_parts, q_blocks, k_blocks, **fixed,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
-    return scores
-
-
-BLOCKS_TILE, BLOCKS_CHUNK, BLOCKS_WARPS = 32, 32, 4  # of block_scores_kernel
-
-
-def block_constants(head_size: int) -> dict[str, int]:
-    """The compile-time arguments of block_scores_kernel."""
-    chunks = cdiv(head_size, BLOCKS_CHUNK)
-    return {"HEAD_SIZE": head_size, "CHUNKS": chunks, "CHUNK": BLOCKS_CHUNK, "TILE": BLOCKS_TILE}
-
-
-def triton_block_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """The contract of `scores.block_scores`."""
-    q, k = q.contiguous(), k.contiguous()
-    batch, heads, rows, head_size = q.shape
-    columns = k.shape[2]
-    scores = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=q.device)
-    with device_of(q):
-        launch_kernel(
-            block_scores_kernel, (cdiv(columns, BLOCKS_TILE), cdiv(rows, BLOCKS_TILE), batch * heads),
-            q, k, scores, scale, rows, columns, **block_constants(head_size),
-            num_warps=BLOCKS_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return scores
 

@@ -178,12 +178,15 @@ def check_against_torch(q, k, v, precision, order, rotate, backend="triton"):
     host = (x.cpu() for x in (q, k, v))
     order = None if order is None else order.cpu()
     expected = quantize(*host, precision=precision, scale=SCALE, order=order, rotate=rotate, backend="host")
-    for name in ("q", "k"):
+    # A single key less the mean of all is nothing but rounding, where it is rotated: codes and their scale say nothing.
+    told = ("q",) if rotate and k.shape[2] == 1 else ("q", "k")
+    assert k.shape[2] > 1 or (127 * found.k_scale < 1e-5).all()
+    for name in told:
         difference = (getattr(found, name).cpu().int() - getattr(expected, name).int()).abs()
         assert difference.max() <= rotate, name
         assert difference.float().mean() < 0.01
     rtol = 1e-5 if rotate else 0
-    for name in ("q_scale", "k_scale"):
+    for name in (f"{name}_scale" for name in told):
         torch.testing.assert_close(getattr(found, name).cpu(), getattr(expected, name), rtol=rtol, atol=0)
     torch.testing.assert_close(found.lse_shift.cpu(), expected.lse_shift, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.v.cpu().float(), expected.v.float(), rtol=0, atol=0)
