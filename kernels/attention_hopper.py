@@ -95,7 +95,7 @@ def _weigh(b_p, b_v, stage, b_acc, PARTS: gl.constexpr, V_LAYOUT: gl.constexpr, 
 def _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, zero, wg: gl.constexpr, PARTS: gl.constexpr):
     """Starts the products of a tile, q k^T of its own and p v of the one before; returns q k^T, and p v on its way."""
     _, b_k, b_v, b_out, _ = tiles
-    _, _, _, v_full, _ = rings
+    _, _, k_empty, v_full, _ = rings
     STAGES: gl.constexpr = b_k.shape[0]
     QUANTIZED: gl.constexpr = b_k.dtype.primitive_bitwidth == 8
     VALUE_PRODUCTS: gl.constexpr = PARTS if b_v.dtype.primitive_bitwidth == 8 else 1
@@ -111,7 +111,9 @@ def _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, zero, wg: gl.const
     b_acc = _weigh(b_p, b_v, before, b_acc, PARTS, v_layout, dtype)
     if not QUANTIZED:
         mbarrier.arrive(turns.index(1 - wg), count=1)
-    return warpgroup_mma_wait(VALUE_PRODUCTS, deps=[b_s]), b_acc
+    b_s = warpgroup_mma_wait(VALUE_PRODUCTS, deps=[b_s])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    return b_s, b_acc
 
 
 @gluon.jit
@@ -134,8 +136,7 @@ def _attend(
 ):  # fmt: skip
     """A consumer: 64 queries over all tiles of the list, the last tile first, the only one that needs a mask.
 
-    Then, where blocks are skipped, over the tiles of all means, whose scores `b_biases` are added to. A loop of their
-    own would leave the one over the list another schedule: all maxima before the first exponential.
+    Then, where blocks are skipped, over the tiles of all means, whose scores `b_biases` are added to.
     """
     b_queries, b_k, b_v, b_out, b_totals = tiles
     q_full, k_full, k_empty, v_full, _ = rings
@@ -193,15 +194,8 @@ def _attend(
     else:
         b_p, b_max, b_decay, b_sum = softmax(b_first, b_max, scale)
     mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=total > 1)
-    if SUMMARY:
-        b_p = b_p.to(dtype)
-        b_starts = seen_as(b_biases, gl.float32, [STAGES, TILE_K], b_biases.layout)
-    for i_tile in range(1, total):
+    for i_tile in range(1, count):
         b_s, b_acc = _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
-        if SUMMARY:  # noqa: SIM102 - a constant by itself: without it the rest is not compiled
-            if i_tile >= count:
-                b_s += gl.expand_dims(b_starts.index(i_tile % STAGES).load(gl.SliceLayout(0, s_layout)), 0)
-        mbarrier.arrive(k_empty.index(i_tile % STAGES), count=1)  # behind the load: biases belong to the stage of keys
         if QUANTIZED:
             b_s = b_s.reshape([64, PARTS, TILE_K // PARTS])
             b_p, b_max, b_decay, b_sums = softmax_of_parts(b_s, b_max, b_factor, b_lift)
@@ -211,8 +205,6 @@ def _attend(
             )  # fmt: skip
         else:
             b_p, b_max, b_decay, b_sums = softmax(b_s, b_max, scale)
-            if SUMMARY:
-                b_p = b_p.to(dtype)  # or else thread numbers of the end do not fit the registers
         b_sum = add_sums(b_sum, b_decay, b_sums)
         b_acc = _end_tile(i_tile, total, rings, b_acc, b_decay, STAGES)
         if FP8:  # noqa: SIM102 - a constant by itself: without it the rest is not compiled
@@ -221,6 +213,16 @@ def _attend(
                 keep_total(b_total, b_acc)
                 b_total_max = b_max
                 b_acc = gl.zeros([64, D], gl.float32, acc_layout)
+    if SUMMARY:
+        b_p = b_p.to(dtype)
+        b_starts = seen_as(b_biases, gl.float32, [STAGES, TILE_K], b_biases.layout)
+        for i_tile in range(count, total):
+            b_bias = b_starts.index(i_tile % STAGES).load(gl.SliceLayout(0, s_layout))
+            b_s, b_acc = _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
+            b_p, b_max, b_decay, b_sums = softmax(b_s + gl.expand_dims(b_bias, 0), b_max, scale)
+            b_p = b_p.to(dtype)
+            b_sum = add_sums(b_sum, b_decay, b_sums)
+            b_acc = _end_tile(i_tile, total, rings, b_acc, b_decay, STAGES)
     last = (total - 1) % STAGES
     mbarrier.wait(v_full.index(last), ((total - 1) // STAGES) & 1)
     b_p = gl.convert_layout(b_p.reshape([64, TILE_K]), s_layout, assert_trivial=True)
@@ -290,12 +292,13 @@ def hopper_forward_kernel(
     p_indices, p_counts, p_rows, order_head, out_batch, out_head, out_token,
     i_batch, i_head, i_row, i_index, c_batch, c_head, c_row, r_batch, r_head,
     heads, query_blocks, seq_q, seq_k, groups, head_size, scale,
-    ORDERED: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    ORDERED: gl.constexpr, TURNS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j 2^(s_ij - l_i) v_j, l_i = log2 sum_j 2^s_ij, j over the listed blocks.
 
     s = q.k scale log2(e) in 16 bits; on codes it is told by `quantize.Quantized`. With the means of key blocks and of
     value blocks, in 16 bits, j also over the blocks that are not listed: s = q.mean scale log2(e) + log2 n of n tokens.
+    TURNS: rows take tiles of means in orders of their own.
     """
     program = gl.program_id(0)
     i_bh = program // query_blocks
@@ -322,10 +325,12 @@ def hopper_forward_kernel(
     # Keys of the first tile, the one at the list's end: the list may not fill it, and its last block may be ragged.
     last_block = gl.load(p_indices + (blocks - 1) * i_index)
     valid = (blocks - 1) % PARTS * BLOCK_K + gl.minimum(seq_k - last_block * BLOCK_K, BLOCK_K)
-    means = 0  # tiles of them
-    if SUMMARY:
+    means, key_blocks, log_whole, log_last = 0, 0, 0.0, 0.0
+    if SUMMARY:  # tiles of means, and what is added to their scores: log2 of tokens
         key_blocks = gl.cdiv(seq_k, BLOCK_K)
         means = gl.where(blocks < key_blocks, gl.cdiv(key_blocks, TILE_K), 0)
+        log_whole = gl.log2(BLOCK_K * 1.0) / scale
+        log_last = gl.log2((seq_k - (key_blocks - 1) * BLOCK_K).to(gl.float32)) / scale
 
     b_q = gl.allocate_shared_memory(d_q.dtype, [2, 1, 1, 64, CODES], d_q.layout)
     b_k = gl.allocate_shared_memory(d_k.dtype, [STAGES, 1, 1, TILE_K, CODES], d_q.layout)
@@ -376,12 +381,12 @@ def hopper_forward_kernel(
         head_size,
     )  # fmt: skip
     copied = (d_k, d_v, b_k, b_v)
-    summaries = (d_keys, d_values, b_biases, seq_k, scale)
+    summaries = (d_keys, d_values, b_biases, key_blocks, log_whole, log_last)
     gl.warp_specialize(
         [
             (_attend, (tiles, b_biases, rings, turns, lists, scales, rows, ends, 0, PARTS, ORDERED, SUMMARY)),
             (_attend, (tiles, b_biases, rings, turns, lists, scales, rows, ends, 1, PARTS, ORDERED, SUMMARY)),
-            (produce, (copied, summaries, rings, lists, (i_b, i_h, i_block), PARTS, SUMMARY)),
+            (produce, (copied, summaries, rings, lists, (i_b, i_h, i_block), PARTS, SUMMARY, TURNS)),
         ],
         [4, 1],
         [240, 24],

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 # Triton 3.6 has other names than its successors for these.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+MEANS_IN_ORDER = gl.constexpr(2)  # tiles of means up to which all rows take them in the same order
 
 
 @builtin
@@ -33,25 +34,16 @@ def copy_block(d_x, i_b, i_h, start, full, b_x, part):
 
 
 @gluon.jit
-def produce(tiles, summaries, rings, lists, row, PARTS: gl.constexpr, SUMMARY: gl.constexpr):
+def produce(tiles, summaries, rings, lists, row, PARTS: gl.constexpr, SUMMARY: gl.constexpr, TURNS: gl.constexpr):
     """The producer: all tiles of a program in the order in which they are consumed."""
-    _, _, b_k, _ = tiles
-    _, _, blocks, _, _ = lists
-    count = gl.cdiv(blocks, PARTS)
+    load_tiles(tiles, rings, lists, row, PARTS)
     if SUMMARY:
-        # What the list leaves out of the first tile of means is found while the first tiles of the list are read.
-        begun = gl.minimum(count, b_k.shape[0])
-        load_tiles(tiles, rings, lists, row, 0, begun, PARTS)
-        found = first_means(lists, row, b_k.shape[3])
-        load_tiles(tiles, rings, lists, row, begun, count, PARTS)
-        load_means(summaries, tiles, rings, lists, row, found, PARTS)
-    else:
-        load_tiles(tiles, rings, lists, row, 0, count, PARTS)
+        load_means(summaries, tiles, rings, lists, row, PARTS, TURNS)
 
 
 @gluon.jit
-def load_tiles(tiles, rings, lists, row, begin, end, PARTS: gl.constexpr):
-    """Copies the listed blocks of some tiles, the last ones first, as stages become free."""
+def load_tiles(tiles, rings, lists, row, PARTS: gl.constexpr):
+    """Copies the listed blocks, the last ones first, as stages become free."""
     d_k, d_v, b_k, b_v = tiles
     _, k_full, k_empty, v_full, v_empty = rings
     p_indices, i_index, blocks, _, _ = lists
@@ -62,7 +54,7 @@ def load_tiles(tiles, rings, lists, row, begin, end, PARTS: gl.constexpr):
     V_BYTES: gl.constexpr = b_v.numel // STAGES * b_v.dtype.primitive_bitwidth // 8
     FP8: gl.constexpr = b_v.dtype.primitive_bitwidth == 8
     count = gl.cdiv(blocks, PARTS)
-    for i_tile in range(begin, end):
+    for i_tile in range(count):
         stage = i_tile % STAGES
         phase = (i_tile // STAGES) & 1
         first = (count - 1 - i_tile) * PARTS
@@ -84,97 +76,80 @@ def load_tiles(tiles, rings, lists, row, begin, end, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def first_means(lists, row, TILE: gl.constexpr):
-    """Block, place and `_listed` of the tile of means that a row starts at.
-
-    Rows take turns: all multiprocessors at the same tile would wait for the same lines of L2.
-    """
-    p_indices, i_index, blocks, means, _ = lists
-    _, _, i_block = row
-    first = i_block % gl.maximum(means, 1) * TILE
-    place = _first_from(first, p_indices, i_index, blocks)
-    b_listed, place = _listed(first, place, p_indices, i_index, blocks, TILE)
-    return first, place, b_listed
-
-
-@gluon.jit
-def load_means(summaries, tiles, rings, lists, row, found, PARTS: gl.constexpr):
+def load_means(summaries, tiles, rings, lists, row, PARTS: gl.constexpr, TURNS: gl.constexpr):
     """Goes on with the means of all blocks, TILE a stage, and what is added to the scores of each.
 
-    What the list leaves out of a tile is found while the stage before is still read; `found` is of the first one.
+    With TURNS rows start at different tiles of means: all multiprocessors at the same one would wait for the same lines
+    of L2. Where tiles are few, finding the first one costs more than that.
     Means of a kernel that may still run (programmatic dependent launch): from here on it is waited for.
     """
-    d_keys, d_values, b_biases, seq_k, scale = summaries
-    d_k, _, b_k, b_v = tiles
-    _, k_full, k_empty, v_full, v_empty = rings
     p_indices, i_index, blocks, means, _ = lists
-    i_b, i_h, _ = row
-    first, place, b_listed = found
-    STAGES: gl.constexpr = b_k.shape[0]
-    TILE_K: gl.constexpr = b_k.shape[3]
-    WORDS: gl.constexpr = TILE_K // 32
-    BYTES: gl.constexpr = TILE_K * b_k.shape[4] * b_k.dtype.primitive_bitwidth // 8
+    i_b, i_h, i_block = row
+    TILE_K: gl.constexpr = tiles[2].shape[3]
     count = gl.cdiv(blocks, PARTS)
     gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1)
-    BLOCK_K: gl.constexpr = d_k.block_shape[2]
-    key_blocks = gl.cdiv(seq_k, BLOCK_K)
-    log_whole = gl.log2(BLOCK_K * 1.0) / scale
-    log_last = gl.log2((seq_k - (key_blocks - 1) * BLOCK_K).to(gl.float32)) / scale
     o_lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    # A number that the compiler does not see, for a loop that stays one: the producer has few registers.
+    # One block a thread at a time, and a number that the compiler does not see: the producer has few registers.
     words = gl.inline_asm_elementwise("mov.b32 $0, 4;", "=r", [], gl.int32, is_pure=False, pack=1)
-    for i_tile in range(count, count + means):
-        stage = i_tile % STAGES
-        phase = (i_tile // STAGES) & 1
-        mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        for word in range(words):
-            o_block = first + word * 32 + o_lane
-            m_skipped = (((b_listed >> word) & 1) == 0) & (o_block < key_blocks)
-            b_bias = gl.where(o_block == key_blocks - 1, log_last, log_whole)
-            b_biases.index(stage * WORDS + word).store(gl.where(m_skipped, b_bias, -float("inf")))
-        thread_barrier()
-        mbarrier.expect(k_full.index(stage), BYTES)
-        copy_block(d_keys, i_b, i_h, first, k_full.index(stage), b_k.index(stage), 0)
-        thread_barrier()  # or else the assembler looks up what comes next before it copies
-        after = first + TILE_K
-        if after >= key_blocks:
-            after = 0
-            place = 0
-        b_listed, place = _listed(after, place, p_indices, i_index, blocks, TILE_K)
-        mbarrier.wait(v_empty.index(stage), phase ^ 1)
-        mbarrier.expect(v_full.index(stage), BYTES)
-        copy_block(d_values, i_b, i_h, first, v_full.index(stage), b_v.index(stage), 0)
-        first = after
+    given = (summaries, tiles, rings, lists, i_b, i_h)
+    place = 0  # in the list, of its first entry that is still to come
+    if TURNS:
+        i_mean = 0
+        if means > MEANS_IN_ORDER:
+            i_mean = i_block % means
+            place = _first_from(i_mean * TILE_K, p_indices, i_index, blocks)
+        for i_tile in range(count, count + means):
+            place = _load_tile_of_means(i_mean, i_tile, place, o_lane, words, given)
+            i_mean += 1
+            if i_mean == means:
+                i_mean = 0
+                place = 0
+    else:
+        for i_mean in range(means):
+            place = _load_tile_of_means(i_mean, count + i_mean, place, o_lane, words, given)
 
 
 @gluon.jit
-def _listed(first, place, p_indices, i_index, blocks, TILE: gl.constexpr):
-    """Which blocks of a tile are listed: bit w of lane l is block first + 32 w + l; and the place behind them."""
-    # A number that the compiler does not see, for a loop that stays one: the producer has few registers.
-    words = gl.inline_asm_elementwise("mov.b32 $0, 4;", "=r", [], gl.int32, is_pure=False, pack=1)
-    o_lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    b_listed = gl.zeros_like(o_lane)
+def _load_tile_of_means(i_mean, i_tile, place, o_lane, words, given):
+    """One tile of means as the tile `i_tile` of the program; returns where the list goes on."""
+    summaries, tiles, rings, lists, i_b, i_h = given
+    d_keys, d_values, b_biases, key_blocks, log_whole, log_last = summaries
+    _, _, b_k, b_v = tiles
+    _, k_full, k_empty, v_full, v_empty = rings
+    p_indices, i_index, blocks, _, _ = lists
+    STAGES: gl.constexpr = b_k.shape[0]
+    TILE_K: gl.constexpr = b_k.shape[3]
+    BYTES: gl.constexpr = TILE_K * b_k.shape[4] * b_k.dtype.primitive_bitwidth // 8
+    stage = i_tile % STAGES
+    phase = (i_tile // STAGES) & 1
+    mbarrier.wait(k_empty.index(stage), phase ^ 1)
     for word in range(words):
-        m_entry = place + o_lane < blocks
-        b_bit = gl.load(p_indices + (place + o_lane) * i_index, mask=m_entry, other=1 << 30) - (first + word * 32)
-        m_here = b_bit < 32  # the list ascends: what lies before these blocks lies before `place`
-        bits = gl.sum(gl.where(m_here, 1 << b_bit, 0), 0)
-        b_listed |= ((bits >> o_lane) & 1) << word
+        first = i_mean * TILE_K + word * 32
+        b_entry = gl.load(p_indices + (place + o_lane) * i_index, mask=place + o_lane < blocks, other=1 << 30)
+        m_here = b_entry < first + 32  # the list ascends: what lies before `first` lies before `place`
+        listed = gl.sum(gl.where(m_here, 1 << (b_entry - first), 0), 0)
         place += gl.sum(m_here.to(gl.int32), 0)
-    return b_listed, place
+        m_skipped = (((listed >> o_lane) & 1) == 0) & (first + o_lane < key_blocks)
+        b_bias = gl.where(first + o_lane == key_blocks - 1, log_last, log_whole)
+        b_biases.index(stage * (TILE_K // 32) + word).store(gl.where(m_skipped, b_bias, -float("inf")))
+    thread_barrier()
+    mbarrier.expect(k_full.index(stage), BYTES)
+    copy_block(d_keys, i_b, i_h, i_mean * TILE_K, k_full.index(stage), b_k.index(stage), 0)
+    mbarrier.wait(v_empty.index(stage), phase ^ 1)
+    mbarrier.expect(v_full.index(stage), BYTES)
+    copy_block(d_values, i_b, i_h, i_mean * TILE_K, v_full.index(stage), b_v.index(stage), 0)
+    return place
 
 
 @gluon.jit
 def _first_from(block, p_indices, i_index, blocks):
-    """The place of the first entry of a list that is no less than a block, found among 32 at a time."""
-    o_lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    place = 0
-    left = blocks
-    while left > 0:
-        step = gl.cdiv(left, 32)
-        b_entry = gl.load(p_indices + (place + o_lane * step) * i_index, mask=o_lane * step < left, other=1 << 30)
-        less = gl.sum((b_entry < block).to(gl.int32), 0)
-        passed = gl.where(less > 0, (less - 1) * step + 1, 0)  # all up to the last that is less
-        place += passed
-        left = gl.where(less > 0, gl.minimum(step - 1, left - passed), 0)
-    return place
+    """The place of the first entry of a list that is no less than a block, by bisection."""
+    low = 0
+    high = blocks
+    while low < high:
+        middle = (low + high) // 2
+        if gl.load(p_indices + middle * i_index) < block:
+            low = middle + 1
+        else:
+            high = middle
+    return low

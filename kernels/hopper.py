@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_dit.kernels.attention_hopper import hopper_forward_kernel
+from sparse_dit.kernels.copies_hopper import MEANS_IN_ORDER
 from sparse_dit.kernels.launch_order_triton import launch_order
 from sparse_dit.kernels.launches import LIMIT, cdiv, device_of, launch_kernel, power_of_2
 from sparse_dit.kernels.lift_triton import lifts
@@ -115,6 +116,7 @@ def _launch(
     order = scales[-1]
     wide = power_of_2(head_size)
     query_blocks = counts.shape[2]
+    turns = summary and _takes_turns(seq_k, descriptors[1].block_shape[2])
     with device_of(out):
         means = _means(*descriptors[1:]) if summary else (None, None)
         launch_kernel(
@@ -123,10 +125,16 @@ def _launch(
             0 if order is None or len(order) == 1 else order.stride(0),
             *out.stride()[:3], *_shared(indices), *_shared(counts), *_shared(rows)[:2],
             heads, query_blocks, seq_q, seq_k, -(-seq_k // GROUP), head_size, scale,
-            ORDERED=order is not None, D=wide, STAGES=3 if wide == 128 else 4, num_warps=4, launch_pdl=summary,
+            ORDERED=order is not None, TURNS=turns, D=wide, STAGES=3 if wide == 128 else 4,
+            num_warps=4, launch_pdl=summary,
             boxes=(*descriptors, *means),
         )  # fmt: skip
     return out, lse
+
+
+def _takes_turns(seq_k: int, block_k: int) -> bool:
+    """Whether rows start at different tiles of means."""
+    return cdiv(cdiv(seq_k, block_k), _TILE) > int(MEANS_IN_ORDER.value)
 
 
 def _shared(lists: Tensor) -> list[int]:

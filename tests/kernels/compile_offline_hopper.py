@@ -10,12 +10,13 @@ from sparse_dit.kernels import quantize_hopper
 from sparse_dit.kernels.attention_hopper import hopper_forward_kernel
 from sparse_dit.kernels.means_hopper import hopper_means_kernel
 
-# precision, head size, keys a block, with an order, with summaries
+# precision, head size, keys a block, with an order, what becomes of skipped blocks: "turns" is summaries of many
 VARIANTS = (
     ("native", 128, 128, False),
     ("native", 64, 32, False),
-    ("native", 128, 64, True, True),
-    ("native", 64, 128, False, True),
+    ("native", 128, 64, True, "turns"),
+    ("native", 128, 128, False, "summary"),
+    ("native", 64, 128, False, "summary"),
     ("int8", 128, 64, True),
     ("int8_fp8", 128, 128, False),
     ("int8_fp8", 128, 64, True),
@@ -31,16 +32,17 @@ def descriptor(dtype: str, rows: int, columns: int) -> str:
     return f"tensordesc<{dtype}[1,1,{rows},{columns}],{layout!r}>"
 
 
-def source(precision: str, head_size: int, block_k: int, ordered: bool, summary: bool = False) -> GluonASTSource:
+def source(precision: str, head_size: int, block_k: int, ordered: bool, skipped: str = "drop") -> GluonASTSource:
     codes, fp8 = precision != "native", precision == "int8_fp8"
-    fixed = {"ORDERED": ordered, "D": head_size, "STAGES": 3 if head_size == 128 else 4, "i_index": 1}
+    fixed = {"ORDERED": ordered, "TURNS": skipped == "turns", "D": head_size, "STAGES": 3 if head_size == 128 else 4}
+    fixed["i_index"] = 1
     if not codes:
         fixed |= dict.fromkeys(("p_q_scale", "p_lse_shift", "p_k_scale"))
     if not fp8:
         fixed |= dict.fromkeys(("p_v_lift", "p_v_scale_top", "p_v_mean"))
     if not ordered:
         fixed["p_order"] = None
-    if not summary:
+    if skipped == "drop":
         fixed |= dict.fromkeys(("d_keys", "d_values"))
     types = {
         "d_q": descriptor("i8" if codes else "bf16", 64, head_size),

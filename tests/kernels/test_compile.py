@@ -58,4 +58,4 @@ def test_compiles_for(program, targets, kernels, printed_by):
     if kernels is SUMMARY:
         assert len(on_hopper) == 8
     if kernels is HOPPER:
-        assert len(on_hopper) == 14
+        assert len(on_hopper) == 15
