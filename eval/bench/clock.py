@@ -1,9 +1,10 @@
 """Times of calls, by GPU events or by the processor's clock."""
 
 import math
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ Call = Callable[[int], object]
 """A piece of work on the input set of that number, modulo how many there are."""
 
 _COPIED = 2**30  # bytes; far more than any L2 cache
+_TURNS_MS = 600.0  # spent in calls that are timed in turn
 _LEAD_MS = 20.0  # of copies queued at most, so that the GPU never waits for the host
 
 
@@ -29,6 +31,13 @@ class Clock(Protocol):
 
     def measure(self, call: Call) -> Timing:
         """Warms a call up and times it; what the call raises passes through."""
+
+    def in_turn(self, calls: Sequence[Call]) -> list[float]:
+        """Milliseconds of calls that differ little: medians of rounds, each call once a round, in an order drawn anew.
+
+        A GPU's rate follows its power by several percent in a second. So what is timed one call after the other tells
+        nothing of a few percent.
+        """
 
     def copy_rate(self) -> float:
         """Bytes read and written a second, in TB/s, by a copy of memory that fits no cache."""
@@ -83,6 +92,24 @@ class CudaClock:
         runs = min(100, max(3, math.ceil(self.repeat_ms / max(once, 1e-3))))
         return Timing(statistics.median(self._times(call, runs, lead_ms=min(_LEAD_MS, runs * host_ms))), runs)
 
+    def in_turn(self, calls: Sequence[Call]) -> list[float]:
+        """See `Clock.in_turn`: 20 to 100 rounds."""
+        once = sum(max(statistics.median(self._times(call, 3)), 1e-3) for call in calls)
+        rounds = min(100, max(20, math.ceil(_TURNS_MS / once)))
+        draw = random.Random(0)
+        events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
+        for run in range(rounds):
+            for number in draw.sample(range(len(calls)), len(calls)):
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                calls[number](run)
+                end.record()
+                events[number].append((start, end))
+            if run % 8 == 7:  # the queue of launches must not fill up
+                torch.cuda.synchronize(self.device)
+        torch.cuda.synchronize(self.device)
+        return [statistics.median(start.elapsed_time(end) for start, end in of_call) for of_call in events]
+
     def _times(self, call: Call, runs: int, lead_ms: float = 0.0) -> list[float]:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
         for _ in range(math.ceil(lead_ms / self._copy_ms)):
@@ -133,6 +160,16 @@ class HostClock:
             call(run)
             times.append((time.perf_counter() - start) * 1e3)
         return Timing(statistics.median(times[1:]), self.runs)
+
+    def in_turn(self, calls: Sequence[Call]) -> list[float]:
+        """See `Clock.in_turn`: as many rounds as runs."""
+        draw, times = random.Random(0), [list[float]() for _ in calls]
+        for run in range(self.runs):
+            for number in draw.sample(range(len(calls)), len(calls)):
+                start = time.perf_counter()
+                calls[number](run)
+                times[number].append((time.perf_counter() - start) * 1e3)
+        return [statistics.median(of_call) for of_call in times]
 
     def copy_rate(self) -> float:
         """See `Clock.copy_rate`."""

@@ -8,13 +8,13 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from sparse_dit.eval.bench.cases import BLOCK_Q, DENSITIES, SHAPES, Case, Group, plan, read_shape
-from sparse_dit.eval.bench.clock import Clock, CudaClock, current_gpu
+from sparse_dit.eval.bench.clock import Call, Clock, CudaClock, current_gpu
 from sparse_dit.eval.bench.inputs import Inputs
 from sparse_dit.eval.bench.lines import left_out_line, row_line
 from sparse_dit.eval.bench.work import work
@@ -58,7 +58,8 @@ class Bench:
 
         A row's `status` is "measured"; "failed", with a `reason`; or "left out", for time was up or the device gone.
         `ratio` is the dense kernel's time through the case's own, `dense_ms` the mean of its two measurements, before
-        and after the group, and `dense_spread` their distance in shares of it.
+        and after the group, and `dense_spread` their distance in shares of it. `on_top` is what summaries cost on top
+        of dropping, as a share of that.
         """
         self._end = time.monotonic() + self.seconds
         self._lost = ""
@@ -95,6 +96,7 @@ class Bench:
         try:
             todo = work(case, inputs)
             timing = self.clock.measure(todo.call)
+            on_top = self._on_top(case, inputs, todo.call)
             error = None if todo.error is None else todo.error()
             density = inputs.blocks(case).density(group.shape.tokens, group.shape.tokens)
         except Exception as error:
@@ -108,11 +110,19 @@ class Bench:
             "density": density if attention else None,
             "ms": timing.ms,
             "runs": timing.runs,
+            "on_top": on_top,
             "tflops": group.shape.flop * density / timing.ms / 1e9 if attention else None,
             "error": error,
             "tb_per_s": rate,
             "share_of_copy": None if rate is None else rate / self._copy_rate,
         }
+
+    def _on_top(self, case: Case, inputs: Inputs, call: Call) -> float | None:
+        """What summaries cost on top of dropping, as a share of that, both timed in turn."""
+        if case.skipped == "drop":
+            return None
+        dropped, whole = self.clock.in_turn([work(replace(case, skipped="drop"), inputs).call, call])
+        return whole / dropped - 1
 
     def _beside(self, row: Row, dense: Sequence[float]) -> Row:
         """The row with the times of the dense kernel, those that there are."""
@@ -137,7 +147,7 @@ class Bench:
         lists = {"blocks": [BLOCK_Q, case.block_k], "lists": case.lists, "wanted_density": case.density}
         told = {name: getattr(case, name) for name in ("what", "kernel", "precision", "ordered", "codes", "skipped")}
         empty = dict.fromkeys((
-            "reason", "density", "ms", "runs", "tflops", "error", "tb_per_s", "share_of_copy",
+            "reason", "density", "ms", "runs", "on_top", "tflops", "error", "tb_per_s", "share_of_copy",
             "dense_ms", "dense_spread", "ratio",
         ))  # fmt: skip
         dense = dense_kernel(self.device)

@@ -43,6 +43,8 @@ def note(row: Row) -> str:
     notes = []
     if row["tb_per_s"] is not None:
         notes.append(f"{row['tb_per_s']:.2f} TB/s, {row['share_of_copy']:.2f} of a copy")
+    if row.get("on_top") is not None:
+        notes.append(f"{100 * row['on_top']:+.1f} % on top of drop")
     if row["what"] in ("lists", "mass") and row["ratio"] is not None:
         notes.append(f"{1 / row['ratio']:.3f} of dense")
     if row["what"] == "attention" and row["kernel"] == row["dense"] and row["dense_spread"] is not None:

@@ -1,7 +1,7 @@
 """The bench on a CPU, with tiny shapes and a clock of known answers: what rows say, not how fast anything is."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +10,10 @@ import torch
 
 from sparse_dit.eval.bench import cases, inputs, kernels, work
 from sparse_dit.eval.bench.cases import DENSITIES, HEADLINES, SHAPES, Case, Group, Shape, plan, read_shape
-from sparse_dit.eval.bench.clock import Call, HostClock, Timing
+from sparse_dit.eval.bench.clock import Call, CudaClock, HostClock, Timing
 from sparse_dit.eval.bench.inputs import Inputs
 from sparse_dit.eval.bench.kernels import FAILED, LEFT_OUT, MEASURED, Bench
+from sparse_dit.eval.bench.lines import row_line
 from sparse_dit.eval.bench.yardsticks import block_mask, others
 from sparse_dit.eval.results import append_row, load_rows
 from sparse_dit.kernels.lists import lists_to_mask
@@ -33,6 +34,11 @@ class FixedClock:
     def measure(self, call: Call) -> Timing:
         call(0)
         return Timing(self.ms.pop(0) if len(self.ms) > 1 else self.ms[0], 1)
+
+    def in_turn(self, calls: Sequence[Call]) -> list[float]:
+        outs = [call(0)[0] for call in calls]
+        assert not any(torch.equal(outs[0], out) for out in outs[1:]), "they are one call"
+        return [2.0, *(2.1 for _ in calls[1:])]
 
     def copy_rate(self) -> float:
         return 4.0
@@ -147,6 +153,14 @@ def test_nothing_runs_on_a_device_that_is_gone() -> None:
     assert "takes no more work" in left["reason"]
 
 
+def test_summaries_are_timed_in_turn_with_dropping() -> None:
+    cases = (Case("attention", "host", 0.5, skipped="summary"), Case("attention", "host", 0.5))
+    _, whole, dropped = bench(FixedClock(3.0)).rows([Group(SHAPE, cases)])
+    assert (whole["on_top"], dropped["on_top"]) == (pytest.approx(0.05), None)
+    assert "+5.0 % on top of drop" in row_line(whole)
+    assert "on top" not in row_line({name: value for name, value in dropped.items() if name != "on_top"})
+
+
 def test_when_time_is_up_the_rest_is_told() -> None:
     groups = [Group(SHAPE, (Case("attention", "host"),)), Group(SHAPE, (Case("mass", "mass"),))]
     rows = list(bench(FixedClock(1.0), seconds=-1.0).rows(groups))
@@ -227,6 +241,30 @@ def test_the_processors_clock_goes_through_input_sets() -> None:
     timing = HostClock(runs=3).measure(seen.append)
     assert seen == [0, 1, 2, 3]
     assert (timing.runs, timing.ms >= 0) == (3, True)
+
+
+@pytest.mark.parametrize("kind", ["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_calls_in_turn_each_run_once_a_round_and_the_slow_one_is_told(kind: str) -> None:
+    size = 1 << (10 if kind == "host" else 22)
+    x = torch.randn(size, device="cpu" if kind == "host" else "cuda")
+    seen: list[tuple[str, int]] = []
+
+    def call(name: str, times: int) -> Call:
+        def work(run: int) -> None:
+            seen.append((name, run))
+            for _ in range(times):
+                x.mul_(1.0)
+
+        return work
+
+    clock = HostClock(runs=9) if kind == "host" else CudaClock(torch.device("cuda"), repeat_ms=1.0, warmup_ms=1.0)
+    slow, fast = clock.in_turn([call("slow", 50), call("fast", 1)])
+    assert slow > 2 * fast
+    rounds = seen[-18:] if kind == "host" else seen[-40:]
+    for first, second in zip(rounds[::2], rounds[1::2], strict=True):
+        assert {first[0], second[0]} == {"slow", "fast"}
+        assert first[1] == second[1]
+    assert len({first[0] for first in rounds[::2]}) == 2, "always in the same order"
 
 
 ARGUMENTS = ["--shapes", "1x200x64", "--densities", "1.0", "0.3", "--no_flex"]
