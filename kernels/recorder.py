@@ -35,6 +35,7 @@ REPEATED = frozenset((
     aten.sum.dim_IntList, aten.zero_.default, aten.zeros.default,
 ))  # fmt: skip
 """Operators that a replay runs again. None waits for the GPU, or makes shapes of what tensors hold."""
+NOTED = FRESH | VIEWS | REPEATED
 
 
 class Place(NamedTuple):
@@ -114,6 +115,13 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator, and notes it, or what memory it hands out, or that it does other things."""
         options = kwargs or {}
+        if func not in NOTED:
+            # In inference mode operators that are made of others come here whole.
+            with self:
+                out = func.decompose(*args, **options)
+            if out is not NotImplemented:
+                return out
+            self.refusal = self.refusal or str(func)
         out = func(*args, **options)
         if func in FRESH:
             self._handed_out(out)
@@ -124,8 +132,6 @@ class Recorder(TorchDispatchMode):
             made = [self._handed_out(x) for x in outs if x.untyped_storage().data_ptr() not in own]
             rest = [None if isinstance(x, Tensor) else x for x in args]
             self.steps.append(Operator(func, rest, options, tensors, made))
-        elif func not in VIEWS:
-            self.refusal = self.refusal or str(func)
         return out
 
     def _handed_out(self, x: Tensor) -> int:
@@ -158,7 +164,8 @@ class Recorder(TorchDispatchMode):
         address, storage = x.data_ptr(), x.untyped_storage().data_ptr()
         start = self._fresh.get(storage)
         if start is not None:
-            return Place(start, address - storage)
+            # Not by addresses: a view of no elements has none.
+            return Place(start, int(x.storage_offset()) * x.element_size())
         for number, one in enumerate(self.inputs):
             if one.data_ptr() == address:
                 return Place(number, 0)
@@ -170,7 +177,7 @@ class Recorder(TorchDispatchMode):
     def returned(self, result: Sequence[Any]) -> dict[int, tuple[int, Look | None]]:
         """Of the tensors in a result by their index the starts, and how those look that are no inputs."""
         found: dict[int, tuple[int, Look | None]] = {}
-        by_operators = {start for step in self.steps if isinstance(step, Operator) for start in step.made}
+        taken = {start for step in self.steps if isinstance(step, Operator) for start in step.made}
         for i, x in enumerate(result):
             if not isinstance(x, Tensor):
                 continue
@@ -178,9 +185,10 @@ class Recorder(TorchDispatchMode):
             start = self._fresh.get(x.untyped_storage().data_ptr())
             if given:
                 found[i] = given[0], None
-            elif start is None or start in by_operators or x.nbytes != self.sizes[start - len(self.inputs)]:
+            elif start is None or start in taken or x.nbytes != self.sizes[start - len(self.inputs)]:
                 self.refusal = self.refusal or "a result that is no memory of its own"
             else:
+                taken.add(start)
                 found[i] = start, Look.of(x)
         return found
 

@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from sparse_dit.kernels.recorder import Launch, Operator, Place, Recorder, noting
+from sparse_dit.kernels.tiles import in_trial
 
 LIMIT = 1024
 """Calls that are remembered; then all are forgotten, for a program whose sizes differ in every call."""
 TRIES = 3  # to note a call in which Triton still compiles something
+KEPT = 2**28
+"""Bytes of tensors that lists of launches keep, such as block lists and orders, beyond which the next call that was
+never seen before makes all be forgotten, too: a program whose texts differ in length has others for each."""
 SMALL = 2**20  # bytes of memory below which it is a part of one allocation
 ALIGN = 512  # bytes, as torch's own allocations
 
@@ -49,6 +53,10 @@ class Recording(Generic[T]):
     Args:
         recorder: what it noted.
         result: what the call returned: tensors that are inputs or memory of their own, and what is the same for all.
+
+    Attributes:
+        refusal: what only Python can do again, if anything; the recording is of no use then.
+        kept: bytes of memory that stays for it, by address.
     """
 
     def __init__(self, recorder: Recorder, result: T) -> None:
@@ -58,6 +66,7 @@ class Recording(Generic[T]):
         self._result = [None if i in returned else each for i, each in enumerate(result)]
         self._as_result: Callable[[list[Any]], T] = getattr(type(result), "_make", type(result))
         self._kept = recorder.kept
+        self.kept = {store.data_ptr(): store.nbytes() for store in (x.untyped_storage() for x in self._kept)}
         self._device = recorder.inputs[0].device
         self._given = [(i, start) for i, (start, look) in returned.items() if look is None]
         self._made = [(i, look) for i, (_, look) in returned.items() if look is not None]
@@ -116,8 +125,8 @@ class Recording(Generic[T]):
             for i, box, place in step.boxes
             if place.start >= 0
         ]
-        known = step.known
-        return known.run, step.grid, known.function, known.packed, args, addresses, boxes
+        # All that is known of the kernel: Triton unloads one that nobody has any more.
+        return step.known, step.grid, args, addresses, boxes
 
     def replay(self, inputs: Sequence[Tensor], stream: Callable[[int], int]) -> T:
         """Does the work for other inputs; `stream` gives the current one of a device."""
@@ -129,18 +138,18 @@ class Recording(Generic[T]):
         tensors: list[Any] = [*inputs, *made, scratch, *large, *(None,) * self._later]
         starts = [0 if x is None else x.data_ptr() for x in tensors]
         now = stream(device.index or 0)
-        for run, *step in self._steps:
-            if run is None:
+        for known, *step in self._steps:
+            if known is None:
                 _operate(step, tensors, starts)
                 continue
-            grid, function, packed, template, addresses, boxes = step
+            grid, template, addresses, boxes = step
             args = template.copy()
             for i, start, offset in addresses:
                 args[i] = starts[start] + offset
             for i, kind, fields, start, offset in boxes:
                 box = args[i] = object.__new__(kind)
                 box.__dict__.update(fields, base=_Address(starts[start] + offset))
-            run(*grid, now, function, packed, None, None, None, *args)
+            known.run(*grid, now, known.function, known.packed, None, None, None, *args)
         result: list[Any] = self._result.copy()
         for (i, _), x in zip(self._made, made, strict=True):
             result[i] = x
@@ -165,6 +174,7 @@ class Replays:
 
     def __init__(self) -> None:
         self._calls: dict[Hashable, Recording[Any] | int] = {}
+        self._kept: dict[int, int] = {}  # bytes of what recordings keep, by address
 
     def call(self, settings: Hashable, inputs: Sequence[Tensor], compute: Callable[[], T]) -> T:
         """What `compute` returns; the second time that a call comes it is noted, from then on it is replayed.
@@ -180,34 +190,47 @@ class Replays:
         """
         if not _is_plain(inputs):
             return compute()
-        key = (settings, *(_look(x) for x in inputs), *_starts(inputs))
+        key = (settings, _autocast(inputs[0]), *(_look(x) for x in inputs), *_starts(inputs))
         found = self._calls.get(key, 0)
         if isinstance(found, Recording):
             return _replayed(cast(Recording[T], found), inputs, compute)
         if found > TRIES:
             return compute()
         if found == 0:
-            if len(self._calls) >= LIMIT:
+            if len(self._calls) >= LIMIT or sum(self._kept.values()) > KEPT:
                 self._calls.clear()
+                self._kept.clear()
             self._calls[key] = 1
             return compute()
         result, recording = _recorded(inputs, compute)
         self._calls[key] = recording or found + 1
+        if recording is not None:
+            self._kept |= recording.kept
         return result
 
 
 def _is_plain(inputs: Sequence[Tensor]) -> bool:
-    """Whether tensors have memory on a GPU, and nobody looks at operators or launches on their way."""
-    if not inputs[0].is_cuda:
+    """Whether tensors have memory on a GPU, and nobody asks for gradients, looks at what is done, or tries another.
+
+    Attention has no gradients, which only Python tells, by an error where they are needed.
+    """
+    if not inputs[0].is_cuda or in_trial():
         return False
+    gradients = torch.is_grad_enabled()
     for x in inputs:
-        if type(x) is not Tensor:
+        if type(x) is not Tensor or (gradients and x.requires_grad):
             return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     from sparse_dit.kernels.launches import is_watched
 
     return not is_watched()
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    """What operators on its device cast to, if to anything."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _look(x: Tensor) -> Hashable:

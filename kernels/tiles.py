@@ -137,6 +137,11 @@ def trial(row: TileRow) -> Iterator[None]:
         _tried.reset(token)
 
 
+def in_trial() -> bool:
+    """Whether a `trial` is on."""
+    return bool(_tried.get({}))
+
+
 def user_file() -> Path:
     """Where the user's rows are read from and written to."""
     if named := os.environ.get(USER_FILE):

@@ -15,7 +15,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from sparse_dit.engine import Run
-from sparse_dit.kernels import replays
+from sparse_dit.kernels import replays, tiles
 from sparse_dit.kernels.launches import Known
 from sparse_dit.kernels.recorder import noting
 from sparse_dit.kernels.replays import Recording, Replays
@@ -258,6 +258,19 @@ def test_what_only_python_can_do_is_left_to_it(other):
     assert torch.equal(results[-1].out, torch.arange(float(SIZE)))
 
 
+def twice(x):
+    out = torch.empty(SIZE)
+    launch(x, None, out)
+    return out, out
+
+
+def test_one_memory_comes_back_once():
+    """A replay would make memory for each, and write to one alone."""
+    results, count, calls = again(twice, [numbers(start) for start in range(4)])
+    assert (count, kinds(calls)) == (4, [int])
+    assert torch.equal(torch.stack(results[-1]), torch.stack(2 * numbers(3)))
+
+
 @pytest.mark.parametrize("returned", [lambda x: x[:4], lambda x: torch.empty(2, SIZE)[0], lambda x: torch.zeros(SIZE)])
 def test_results_must_be_memory_of_their_own(returned):
     _, count, calls = again(lambda x: Result(returned(x)), [numbers(0)] * 4)
@@ -278,6 +291,81 @@ def test_who_looks_at_operators_or_launches_sees_them():
     assert again(compute, [(x,)], calls)[1] == 1
     knobs.runtime.launch_enter_hook.remove(print)
     assert again(compute, [(x,)], calls)[1] == 0
+
+
+def product(x, y):
+    """Multiplies by torch, as scores of means are, and goes on in the dtype that comes of it."""
+    out, shares = torch.empty(SIZE), torch.bmm(x.view(1, 1, SIZE), y.view(1, SIZE, 1)).view(1)
+    if shares.dtype is not torch.float32:
+        return Result(out.copy_(shares.expand(SIZE)), "cast")
+    padded = torch.zeros(SIZE)
+    padded[:1].index_copy_(0, torch.ops.aten.zeros.default([1], dtype=torch.int64), shares)
+    launch(padded, None, out)
+    return Result(out)
+
+
+def test_under_autocast_it_is_another_call():
+    """Operators would cast, and kernels read what they made as if they had not."""
+    calls, inputs = Replays(), [numbers(1, 2)] * 3
+    assert again(product, inputs, calls)[1] == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        results, count, _ = again(product, inputs, calls)
+    assert count == 3
+    assert [result.told for result in results] == ["cast"] * 3
+    results, count, _ = again(product, inputs, calls)
+    assert count == 0
+    assert results[0].out[0] == torch.dot(*inputs[0])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_operators_made_of_others_are_noted_in_any_mode(mode):
+    def compute(x, y):
+        scores = (x.view(1, 2, 4) @ y.view(1, 2, 4).mT).softmax(dim=-1)
+        wide, out = scores.flatten().expand(2, 4).contiguous(), torch.empty(SIZE)
+        launch(wide, None, out)
+        return Result(out)
+
+    inputs = [numbers(start, 2 * start) for start in range(4)]
+    with mode():
+        results, count, calls = again(compute, inputs)
+    assert (count, kinds(calls)) == (2, [Recording])
+    for (x, y), result in zip(inputs, results, strict=True):
+        scores = (x.view(1, 2, 4) @ y.view(1, 2, 4).mT).softmax(dim=-1)
+        assert torch.equal(result.out.view(2, 4), scores.flatten().expand(2, 4))
+
+
+def test_views_of_nothing_have_no_address():
+    def compute(x):
+        out, places = torch.empty(SIZE), torch.zeros(SIZE, dtype=torch.int64)
+        launch(x, None, out)
+        out.index_copy_(0, places[SIZE:], torch.zeros(2 * SIZE)[SIZE:SIZE])
+        return Result(out)
+
+    results, count, calls = again(compute, [numbers(start) for start in range(4)])
+    assert (count, kinds(calls)) == (2, [Recording])
+    assert torch.equal(results[-1].out, *numbers(3))
+
+
+def test_a_kernel_stays_as_long_as_it_is_launched():
+    """Triton unloads one when the last that has it lets go."""
+
+    class Compiled:
+        pass
+
+    known = KNOWN._replace(compiled=Compiled())
+    stays = weakref.ref(known.compiled)
+
+    def compute(x):
+        out = torch.empty(SIZE)
+        launch(x, None, out, known=given.pop())
+        return Result(out)
+
+    given, calls = [known, known], Replays()
+    del known
+    results, count, _ = again(compute, [numbers(start) for start in range(4)], calls)
+    assert count == 2
+    assert torch.equal(results[-1].out, *numbers(3))
+    assert stays() is not None
 
 
 def test_without_memory_for_all_at_once_python_computes(monkeypatch):
@@ -333,6 +421,48 @@ def test_calls_are_bounded(monkeypatch):
     monkeypatch.setattr(replays, "LIMIT", 2)
     _, _, calls = again(lambda x: Result(torch.empty(SIZE)), [[torch.zeros(size)] for size in range(1, 6)])
     assert len(calls._calls) <= 2
+
+
+def test_what_calls_keep_is_bounded(monkeypatch):
+    """Each text of another length has a block list of its own; those of calls that keep coming stay."""
+    monkeypatch.setattr(replays, "KEPT", 3 * 4 * SIZE)
+    kept, calls = {}, Replays()
+
+    def compute(settings, x):
+        stays = kept.setdefault(settings, torch.full((SIZE,), float(settings)))
+        out = torch.empty(SIZE)
+        launch(x, stays, out)
+        return Result(out)
+
+    def called(settings):
+        return again(functools.partial(compute, settings), [numbers(1)] * 3, calls, settings)
+
+    for settings in range(9):
+        results, count, _ = called(settings)
+        assert count == 2
+        assert torch.equal(results[-1].out, numbers(1)[0] + settings)
+        assert sum(calls._kept.values()) <= 4 * 4 * SIZE
+    assert kinds(calls) == [Recording]
+    again(functools.partial(compute, 8), [numbers(1)] * 3, calls, "shares its list")
+    assert sum(calls._kept.values()) == 4 * SIZE
+    many = range(9, 12)
+    for settings in many:
+        called(settings)
+    assert sum(calls._kept.values()) > replays.KEPT
+    assert [called(settings)[1] for settings in many] == [0, 0, 0]
+
+
+def test_a_trial_of_launches_is_no_replay():
+    def compute(x):
+        out = torch.empty(SIZE)
+        launch(x, None, out)
+        return Result(out)
+
+    calls = Replays()
+    again(compute, [numbers(0)] * 3, calls)
+    with tiles.trial(tiles.pinned("attention", "native", 64, "sm_90")):
+        assert again(compute, [numbers(0)], calls)[1] == 1
+    assert again(compute, [numbers(0)], calls)[1] == 0
 
 
 def test_on_a_cpu_nothing_is_noted(monkeypatch):

@@ -76,8 +76,14 @@ def device(monkeypatch):
     return "cpu"
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("preset", ["radial", "sparge", "jenga"])
-def test_replayed_calls_give_what_computed_ones_give(preset, device, monkeypatch):
+def test_replayed_calls_give_what_computed_ones_give(preset, mode, device, monkeypatch):
+    with mode():
+        check_replayed(preset, device, monkeypatch)
+
+
+def check_replayed(preset, device, monkeypatch):
     dense = {"schedule.dense_steps": 0, "schedule.dense_above": 1.0, "schedule.dense_layers": []}
     recipe = load_recipe(preset).override(dense)
     runs = [Run(recipe), Run(recipe)]
@@ -97,3 +103,18 @@ def test_replayed_calls_give_what_computed_ones_give(preset, device, monkeypatch
     assert replayed == computed
     assert replayed.backend.startswith(("triton", "hopper"))
     assert [type(kind) for kind in runs[0]._replays._calls.values()] == [Recording]
+
+
+def test_a_replay_does_not_lose_the_error_of_gradients(device):
+    run = Run(load_recipe("radial").override({"schedule.dense_steps": 0, "schedule.dense_layers": []}))
+    run.begin_forward(LAYOUT, torch.tensor(0.5), planned=4)
+    q = torch.randn(1, LAYOUT.length, HEADS, HEAD_SIZE, device=device).half().requires_grad_()
+
+    def called():
+        return run.call(0, q, q, q, axes=TOKENS_FIRST, scale=None, refusal=None, dense=torch.zeros_like)
+
+    with torch.no_grad():
+        assert not any(called().requires_grad for _ in range(3))
+    assert [type(kind) for kind in run._replays._calls.values()] == [Recording]
+    with pytest.raises(RuntimeError, match="autograd"):
+        called().sum().backward()
