@@ -6,7 +6,7 @@ tenth of the host's time.
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ LIMIT = 4096
 """Answers that are remembered; then all are forgotten, for a program whose sizes differ in every call."""
 
 T = TypeVar("T")
+_NOTHING = object()
 _PLAIN = frozenset((bool, float, int, str))
 
 
@@ -38,8 +39,10 @@ def remembered(ask: Callable[..., T]) -> Callable[..., T]:
             key = tuple([x if x is None or type(x) in _PLAIN else _look(x) for x in args])
         except RuntimeError:  # tensors that functions such as `torch.vmap` wrap have no address
             return ask(*args)
-        if key in answers:
-            return answers[key]
+        # One look: other threads may forget all in between.
+        known = answers.get(key, _NOTHING)
+        if known is not _NOTHING:
+            return cast(T, known)
         answer = ask(*args)
         if len(answers) >= LIMIT:
             answers.clear()

@@ -130,7 +130,7 @@ def triton_gather(tensors: Sequence[Tensor], order: Tensor) -> list[Tensor]:
     batch, heads, seq, head_size = tensors[0].shape
     if len(order) > 1 and tensors[0].dtype in CUDA_DTYPES:
         return triton_gather_heads(tensors, order)
-    roles = len(tensors)
+    roles, order = len(tensors), order.contiguous()  # kernels step through rows
     piece, strides = steps(*tensors)
     outs = [x.new_empty((batch, seq, heads, head_size)) for x in tensors]
     absent = 3 - roles

@@ -226,7 +226,7 @@ def triton_band_errors(
         found = [triton_band_errors(q, k, v, some, own, keys, reach, scale) for some in rows.split(ROWS)]
         return torch.cat(found, dim=-1)
     q, k, v = aligned(q), aligned(k), aligned(v)
-    own, keys = own.contiguous(), keys.contiguous()
+    rows, own, keys = rows.contiguous(), own.contiguous(), keys.contiguous()
     batch, heads, seq, head_size = q.shape
     tile, stages = tile_for(head_size, architecture(q.device))
     fixed, parts = constants(head_size, q.dtype, tile), cdiv(head_size, VALUES)

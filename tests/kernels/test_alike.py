@@ -53,6 +53,25 @@ def test_what_looks_another_is_asked_anew(other):
     assert asked.times == 2
 
 
+def test_what_another_thread_forgets_meanwhile_is_no_error(monkeypatch):
+    monkeypatch.setattr(alike, "LIMIT", 1)
+    asked, x = Asked(), torch.ones(2)
+
+    class Between(str):
+        """Looked up twice, it is forgotten in between."""
+
+        looked_up = 0
+
+        def __hash__(self):
+            self.looked_up += 1
+            if self.looked_up == 2:
+                asked.ask(x, 2.0)
+            return super().__hash__()
+
+    asked.ask(x, "word")
+    assert asked.ask(x, Between("word")) == asked.times
+
+
 def test_errors_are_not_remembered():
     times = []
 

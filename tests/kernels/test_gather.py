@@ -37,6 +37,7 @@ def test_any_strides(shared):
     check([torch.randn(2, 2, seq, 64), torch.randn(2, 2, seq + 9, 64)[:, :, 9:]], order)
     check([torch.randn(2, 2, seq, 65)[..., 1:], torch.randn(2, 2, 64, seq).transpose(2, 3)], order)
     check([torch.randn(1, 1, seq, 64).expand(2, 2, -1, -1)], order)
+    check([torch.randn(2, 2, seq, 64).half()], order.repeat_interleave(2, dim=1)[:, ::2])
 
 
 @pytest.mark.parametrize("heads", [1, 3])

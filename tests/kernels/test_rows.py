@@ -79,6 +79,13 @@ def test_a_row_without_a_key_in_a_band_gets_zeros_there(compute: Callable[..., T
     assert found[1].flatten().tolist() == pytest.approx(whole.square().sum(-1).flatten().tolist(), rel=2**-9)
 
 
+def test_ids_of_rows_may_lie_apart() -> None:
+    q, k, v = (drawn(1, 1, 40, 64, seed=seed) for seed in range(3))
+    picked = torch.tensor([[3, 39], [20, 39], [7, 39]], device=DEVICE)
+    found = [triton(q, k, v, ids, *units(40, 8), 2, scale=0.125) for ids in (picked[:, 0], picked[:, 0].clone())]
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("compute", [closest_orders, triton_closest_orders], ids=["torch", "triton"])
 @pytest.mark.parametrize(("batch", "count", "seq"), [(1, 1, 5), (2, 64, 1023), (3, 70, 2050)])
 def test_a_head_gets_the_order_of_the_smaller_sum(
