@@ -111,7 +111,7 @@ class Pooled(Dynamic):
         scores, forced, ordered = self._scores(q, k, v, call)
         if self.sink:
             first = torch.zeros(1, 1, 1, call.k_blocks, dtype=torch.bool, device=q.device)
-            first[..., 0] = True
+            first[..., :1].fill_(True)  # as a replay can; by index a number would become a tensor first
             forced = _joined(forced, first)
         if self.adjacent:
             total = call.heads.total(q.shape[1])

@@ -80,12 +80,18 @@ def device(monkeypatch):
 @pytest.mark.parametrize("preset", ["radial", "sparge", "jenga"])
 def test_replayed_calls_give_what_computed_ones_give(preset, mode, device, monkeypatch):
     with mode():
-        check_replayed(preset, device, monkeypatch)
+        check_replayed(load_recipe(preset), device, monkeypatch)
 
 
-def check_replayed(preset, device, monkeypatch):
+def test_a_sink_and_blocks_that_are_forced_are_replayed(device, monkeypatch):
+    settings = {"name": "pooled", "density": 0.3, "sink": True, "similarity": 0.2, "adjacent": True}
+    with torch.inference_mode():
+        check_replayed(load_recipe({"selection": settings, "block_q": 64, "block_k": 64}), device, monkeypatch)
+
+
+def check_replayed(recipe, device, monkeypatch):
     dense = {"schedule.dense_steps": 0, "schedule.dense_above": 1.0, "schedule.dense_layers": []}
-    recipe = load_recipe(preset).override(dense)
+    recipe = recipe.override(dense)
     runs = [Run(recipe), Run(recipe)]
     monkeypatch.setattr(runs[1]._replays, "call", lambda settings, inputs, compute: compute(), raising=False)
     torch.manual_seed(0)
