@@ -10,7 +10,9 @@ Importing this loads torch alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -222,9 +224,18 @@ def _is_plain(inputs: Sequence[Tensor]) -> bool:
             return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    from sparse_dit.kernels.launches import is_watched
-
+    is_watched, *_ = _of_triton()
     return not is_watched()
+
+
+@functools.cache
+def _of_triton() -> tuple[Callable[[], bool], Callable[[Tensor], AbstractContextManager[Any]], Any]:
+    """What needs Triton, imported when a call on a GPU first comes: in every call that would take a microsecond."""
+    from triton.runtime import driver
+
+    from sparse_dit.kernels.launches import device_of, is_watched
+
+    return is_watched, device_of, driver
 
 
 def _autocast(x: Tensor) -> torch.dtype | None:
@@ -244,10 +255,7 @@ def _starts(inputs: Sequence[Tensor]) -> list[Hashable]:
 
 
 def _replayed(recording: Recording[T], inputs: Sequence[Tensor], compute: Callable[[], T]) -> T:
-    from triton.runtime import driver
-
-    from sparse_dit.kernels.launches import device_of
-
+    _, device_of, driver = _of_triton()
     with device_of(inputs[0]):
         try:
             return recording.replay(inputs, driver.active.get_current_stream)
