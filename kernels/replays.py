@@ -58,7 +58,7 @@ class Recording(Generic[T]):
 
     Attributes:
         refusal: what only Python can do again, if anything; the recording is of no use then.
-        kept: bytes of memory that stays for it, by address.
+        kept_bytes: of memory that stays for it, by address.
     """
 
     def __init__(self, recorder: Recorder, result: T) -> None:
@@ -68,7 +68,7 @@ class Recording(Generic[T]):
         self._result = [None if i in returned else each for i, each in enumerate(result)]
         self._as_result: Callable[[list[Any]], T] = getattr(type(result), "_make", type(result))
         self._kept = recorder.kept
-        self.kept = {store.data_ptr(): store.nbytes() for store in (x.untyped_storage() for x in self._kept)}
+        self.kept_bytes = {store.data_ptr(): store.nbytes() for store in (x.untyped_storage() for x in self._kept)}
         self._device = recorder.inputs[0].device
         self._given = [(i, start) for i, (start, look) in returned.items() if look is None]
         self._made = [(i, look) for i, (_, look) in returned.items() if look is not None]
@@ -207,7 +207,7 @@ class Replays:
         result, recording = _recorded(inputs, compute)
         self._calls[key] = recording or found + 1
         if recording is not None:
-            self._kept |= recording.kept
+            self._kept |= recording.kept_bytes
         return result
 
 
