@@ -154,6 +154,27 @@ def test_a_torn_line_and_a_repeated_one_are_dropped(tmp_path: Path) -> None:
     assert (tmp_path / RESULTS).read_bytes() == lines
 
 
+def test_of_rows_of_equal_id_the_first_one_counts(tmp_path: Path) -> None:
+    fill(tmp_path)
+    repeated = json.dumps({"schema": 1, **row("a"), "prompt": "later"}).encode() + b"\n"
+    (tmp_path / RESULTS).write_bytes((tmp_path / RESULTS).read_bytes() + repeated)
+    assert read_done(tmp_path)["a"]["prompt"] == row("a")["prompt"]
+
+
+def test_what_an_interrupted_run_left_half_done_goes(tmp_path: Path) -> None:
+    (tmp_path / ".partial-of-a-row-that-does-not-come-again.webp").write_bytes(b"half")
+    fill(tmp_path)
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_a_row_that_is_no_json_is_not_written(tmp_path: Path) -> None:
+    fill(tmp_path)
+    lines = (tmp_path / RESULTS).read_bytes()
+    with open_journal(tmp_path, {"d"}) as journal, pytest.raises(ValueError, match="JSON"):
+        journal.add("d.webp", video("d"), {**row("d"), "seconds": float("nan")})
+    assert (tmp_path / RESULTS).read_bytes() == lines
+
+
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     with open_journal(tmp_path, IDS), pytest.raises(ValueError, match="another run"), open_journal(tmp_path, IDS):
         pass
