@@ -3,8 +3,10 @@
 import inspect
 import textwrap
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
+import diffusers
 import diffusers.models.transformers
 import pytest
 import torch
@@ -28,6 +30,7 @@ from sparse_dit.pipelines.families.image import IMAGE
 from sparse_dit.pipelines.families.video import VIDEO
 from sparse_dit.pipelines.patch import disable, enable, explain, summary
 from sparse_dit.samples import Layer, Sample
+from sparse_dit.skipped import Reuse
 
 BLOCKS = {"block_q": 16, "block_k": 16}
 EVERYTHING = {"selection": {"name": "radial", "density": 1.0}, **BLOCKS}
@@ -251,6 +254,28 @@ def test_explain_tells_grid_text_and_layers(model: Any) -> None:
         assert getattr(told, f"text_{family.spans[0].side}") >= 11
     assert told.remark == family.remark
     assert f"{told.text_before} before + {told.text_after} after" in str(told)
+
+
+def test_explain_knows_levels_that_are_told_as_logarithms(build_model: Callable[..., Any]) -> None:
+    cosmos = build_model("CosmosTransformer3DModel", extra_pos_embed_type="learnable").transformer
+    pipe = SimpleNamespace(transformer=cosmos, scheduler=diffusers.EDMEulerScheduler(), vae_scale_factor=8)
+    told = explain(pipe, SPARSE, height=128, width=128, num_frames=1, num_inference_steps=4)
+    sigmas = diffusers.EDMEulerScheduler()
+    sigmas.set_timesteps(4)
+    assert [step.noise for step in told.steps] == pytest.approx([float(s / (s + 1)) for s in sigmas.sigmas[:4]])
+
+
+def test_explain_finds_the_head_size_in_a_width_of_all_heads(build_model: Callable[..., Any]) -> None:
+    recipe = {**SPARSE, "skipped": {"name": "reuse", "ratio": False}, "schedule": {"refresh_every": 2}}
+    kept = []
+    for recipe_or_less in (recipe, SPARSE):
+        told = explain(
+            build_model("ErnieImageTransformer2DModel").transformer,  # 32 channels, which are those of 2 heads
+            recipe_or_less, height=14, width=15, text_tokens=9, num_inference_steps=4,
+        )  # fmt: skip
+        kept.append(told.state_bytes)
+    cache = Reuse(ratio=False).kept_bytes(TokenLayout((1, 14, 15), 0, 9), batch=1, heads=2, head_size=16, itemsize=2)
+    assert kept[0] - kept[1] == 2 * cache > 0
 
 
 def test_layers_are_in_execution_order(build_model: Callable[..., Any]) -> None:
