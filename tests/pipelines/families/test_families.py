@@ -22,11 +22,15 @@ from sparse_dit.pipelines.families import (
     Family,
     Latents,
     Noise,
+    PaddedText,
+    Positions,
+    References,
     dense_family_of,
     family_of,
     family_table,
 )
 from sparse_dit.pipelines.families.image import IMAGE
+from sparse_dit.pipelines.families.sources import UNTOLD
 from sparse_dit.pipelines.families.video import VIDEO
 from sparse_dit.pipelines.patch import disable, enable, explain, summary
 from sparse_dit.samples import Layer, Sample
@@ -276,6 +280,48 @@ def test_explain_finds_the_head_size_in_a_width_of_all_heads(build_model: Callab
         kept.append(told.state_bytes)
     cache = Reuse(ratio=False).kept_bytes(TokenLayout((1, 14, 15), 0, 9), batch=1, heads=2, head_size=16, itemsize=2)
     assert kept[0] - kept[1] == 2 * cache > 0
+
+
+def test_patches_of_time_are_rounded_up_and_those_of_space_down() -> None:
+    cogvideo = FAMILIES["CogVideoXTransformer3DModel"].grid
+    assert cogvideo.of_latents((5, 9, 6), {"patch_size_t": 2, "patch_size": 2}) == (3, 4, 3)
+    assert cogvideo.of_latents((5, 9, 6), {"patch_size_t": None, "patch_size": 2}) == (5, 4, 3)
+    assert Latents(("patch_size",)).of_latents((3, 8, 12), {"patch_size": (2, 4)}) == (3, 4, 3)
+
+
+def positions(*images: tuple[int, int, int, int]) -> torch.Tensor:
+    """Position ids [S, 3] of images, each by its number, first row, height and width."""
+    return torch.cat(
+        [
+            torch.cartesian_prod(torch.tensor([number]), torch.arange(first, first + height), torch.arange(width))
+            for number, first, height, width in images
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("ids", "grid"),
+    [
+        (positions((0, 0, 3, 4), (1, 0, 5, 6)), (1, 3, 4)),  # a reference that is larger than the image
+        (positions((0, 7, 3, 4)), (1, 3, 4)),  # rows that do not begin at 0
+        (positions((0, 0, 3, 4), (1, 0, 2, 2), (0, 3, 1, 4)), (1, 3, 4)),  # the number comes again behind a reference
+        (positions((0, 0, 3, 4))[[0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]], UNTOLD),  # a token is missing
+    ],
+)
+def test_position_ids_tell_the_grid(ids: torch.Tensor, grid: tuple[int, int, int]) -> None:
+    assert Positions().read({"img_ids": ids}, {}) == grid
+    assert Positions().read({"img_ids": ids[None].float()}, {}) == grid
+
+
+def test_spans_count_what_takes_part() -> None:
+    grid = (1, 3, 4)
+    weights = {"encoder_attention_mask": torch.tensor([[2, 2, 0], [7, 0, 0]])}
+    assert PaddedText("after", 0).tokens(weights, {}, grid) == (2, 1)
+    holes = {"encoder_attention_mask": torch.tensor([[1, 0, 1]])}
+    assert PaddedText("after", 0).refusal(holes) == "mask_with_holes"
+    assert PaddedText("after", 0, compacts=True).refusal(holes) is None
+    for tokens, references in ((17, 5), (12, 0), (7, 0)):
+        assert References().tokens({"hidden_states": torch.zeros(1, tokens, 2)}, {}, grid) == (references,)
 
 
 def test_layers_are_in_execution_order(build_model: Callable[..., Any]) -> None:
