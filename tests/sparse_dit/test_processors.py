@@ -136,14 +136,18 @@ def test_calls_that_cannot_be_sparse_run_as_the_model_made_them(
 class Varied:
     """Makes the call that a test asks for."""
 
-    def __call__(self, attn: Any, x: torch.Tensor, key: torch.Tensor, options: dict[str, Any]) -> Any:
-        return F.scaled_dot_product_attention(x, key, key, **options)
+    def __call__(
+        self, attn: Any, x: torch.Tensor, key: torch.Tensor, options: dict[str, Any], value: torch.Tensor | None = None
+    ) -> Any:
+        return F.scaled_dot_product_attention(x, key, key if value is None else value, **options)
 
 
 @pytest.mark.parametrize(
     ("keys", "heads", "options", "reason"),
     [
         (225, 2, {"is_causal": True}, "causal"),
+        (225, 2, {"is_causal": True, "scale": 0.7}, "causal"),
+        (77, 2, {"attn_mask": torch.arange(77)[None] < 50}, "cross_attention"),
         (225, 2, {"dropout_p": 0.5}, "dropout"),
         (77, 2, {}, "cross_attention"),
         (225, 1, {"enable_gqa": True}, "grouped_heads"),
@@ -158,6 +162,28 @@ def test_features_the_kernel_lacks_are_dense(keys: int, heads: int, options: dic
     assert torch.equal(out, F.scaled_dot_product_attention(x, key, key, **options))
     run.end_forward()
     assert run.tally.summary().dense == {reason: 1}
+
+
+def test_values_of_another_width_are_dense() -> None:
+    run, _, (attention,) = install(Varied())
+    x, value = torch.randn(1, 2, LAYOUT.length, 64), torch.randn(1, 2, LAYOUT.length, 32)
+    out = attention(x, key=x, value=value, options={})
+    assert torch.equal(out, F.scaled_dot_product_attention(x, x, value))
+    run.end_forward()
+    assert run.tally.summary().dense == {"grouped_heads": 1}
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_any_of_three_that_needs_a_gradient_makes_a_call_dense(trained: int) -> None:
+    run, _, (attention,) = install(Varied())
+    q, k, v = (torch.randn(1, 2, LAYOUT.length, 64, requires_grad=place == trained) for place in range(3))
+    attention(q, key=k, value=v, options={})
+    run.end_forward()
+    run.begin_forward(LAYOUT, torch.tensor(0.5), planned=1)
+    with torch.no_grad():
+        attention(q, key=k, value=v, options={})
+    run.end_forward()
+    assert (run.tally.summary().dense, run.tally.summary().sparse) == ({"gradient": 1}, 1)
 
 
 # What diffusers passes where several processes share the tokens; how, nobody has told here.
@@ -185,6 +211,14 @@ def test_options_of_the_dispatcher_that_the_kernel_lacks_are_dense(options: dict
     assert run.tally.summary().dense == {reason: 1}
     positional, named = dispatched[0]
     assert next(iter(options.values())) in (*positional, *named.values())
+
+
+def test_a_dense_call_passes_every_option_on() -> None:
+    options = {"dropout_p": 0.5, "is_causal": True, "scale": 0.7, "enable_gqa": True, "attention_kwargs": {"window": 3}}
+    _, _, (attention,) = install(Forwarding())
+    dispatched.clear()
+    attention(tokens(), options=options)
+    assert dispatched == [((None, *options.values()), {"backend": None, "parallel_config": None})]
 
 
 def test_a_dense_call_passes_the_backend_of_the_user_on() -> None:

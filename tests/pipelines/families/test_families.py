@@ -20,6 +20,8 @@ from sparse_dit.pipelines.families import (
     DENSE_FAMILIES,
     FAMILIES,
     Family,
+    GridPadding,
+    History,
     Latents,
     Noise,
     PaddedText,
@@ -320,6 +322,13 @@ def test_spans_count_what_takes_part() -> None:
     holes = {"encoder_attention_mask": torch.tensor([[1, 0, 1]])}
     assert PaddedText("after", 0).refusal(holes) == "mask_with_holes"
     assert PaddedText("after", 0, compacts=True).refusal(holes) is None
+    stretch = History((("latents", "indices", (1, 2, 2)),))
+    held = {"latents": torch.zeros(1, 4, 2, 3, 5), "indices": torch.zeros(2)}  # half a patch at each end counts as one
+    assert stretch.tokens(held, {}, grid) == (2 * 2 * 3,)
+    assert stretch.tokens({**held, "indices": None}, {}, grid) == (0,)
+    config = {"max_resolution": (16, 8), "patch_size": 2}
+    assert GridPadding(0).tokens({}, config, (1, 3, 4)) == (32 - 12,)
+    assert GridPadding(0).tokens({}, config, (1, 4, 4)) == (0,)
     for tokens, references in ((17, 5), (12, 0), (7, 0)):
         assert References().tokens({"hidden_states": torch.zeros(1, tokens, 2)}, {}, grid) == (references,)
 
