@@ -13,7 +13,7 @@ import torch
 
 from sparse_dit.app.demo.actions import Asked, Finished, Studio, frame_of, latent_of
 from sparse_dit.app.demo.inside import Inside, look_inside
-from sparse_dit.app.demo.visits import Stopped, Visit
+from sparse_dit.app.demo.visits import MAX_RUNS, Stopped, Visit
 from sparse_dit.calls import plan
 from sparse_dit.kernels.lists import lists_to_mask
 from sparse_dit.layout import TokenLayout
@@ -68,6 +68,38 @@ def test_a_stopped_run_ends_at_once_and_leaves_nothing(
     again = studio.run(visit, replace(asked, inside=False), lambda *_: None)
     assert np.array_equal(again.clip("sparse"), run.clip("sparse"))
     assert again.inside is None
+
+
+def test_a_run_that_was_stopped_in_line_does_not_begin(asked: Asked, studio: Studio, tmp_path: Path) -> None:
+    visit, told = Visit(tmp_path / "visit"), []
+    visit.stop.set()
+    with pytest.raises(Stopped):
+        Studio(studio.models, studio.limits).run(visit, asked, lambda *what: told.append(what))
+    assert told == []
+    assert not list(visit.folder.iterdir())
+
+
+def test_a_run_without_a_look_inside_has_two_passes(asked: Asked, studio: Studio, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    visit = Visit(tmp_path / "visit")
+    request = replace(asked.request, height=32, width=32)
+    for _ in range(MAX_RUNS + 1):
+        visit._made += 1
+        visit.runs[visit._made] = Finished(visit._made, tmp_path / f"old-{visit._made}", {}, None)
+    run = studio.run(visit, replace(asked, request=request, inside=False), lambda _, *steps: told.append(steps))
+    assert max(told) == (6, 6)
+    assert {total for _, total in told} <= {0, 6}
+    assert (len(visit.runs), visit.runs[run.number]) == (MAX_RUNS, run), "the oldest went"
+
+
+def test_a_studio_has_the_model_that_was_asked_for(mini_wan: Path, studio: Studio) -> None:
+    both = Studio({"one": str(mini_wan), "two": str(mini_wan)}, studio.limits)
+    one = both._pipeline("one")
+    assert both._pipeline("one") is one
+    two = both._pipeline("two")
+    assert two is not one
+    assert both._pipeline("two") is two
+    assert both._pipeline("one") is not one, "one at a time"
 
 
 def test_two_visitors_take_turns(studio: Studio, asked: Asked, tmp_path: Path) -> None:
