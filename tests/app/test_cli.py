@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from sparse_dit import __version__
-from sparse_dit.app.cli import COMMANDS, main
+from sparse_dit.app import cli
+from sparse_dit.app.cli import COMMANDS, _value, main
 from sparse_dit.pipelines.generate import write_video
 from sparse_dit.recipe import load_recipe, recipe_names
 
@@ -36,12 +37,16 @@ def test_compare_writes_webp_where_there_is_no_ffmpeg(
     assert files(tmp_path) == []
     assert main([*arguments, "--video_format", "webp"]) == 0
     assert files(tmp_path / "out") == ["dense.webp", "result.json", "side-by-side.webp", "sparse.webp"]
+    for name, options in (("dense", ["--recipe", "dense"]), ("sparse", SMALL_BLOCKS)):
+        alone = tmp_path / f"{name}.webp"
+        assert main(["generate", "--model", str(mini_wan), *PROMPT, *SIZE, *options, "--out", str(alone)]) == 0
+        assert alone.read_bytes() == (tmp_path / "out" / alone.name).read_bytes()
 
 
 def test_compare_writes_videos_and_a_result(mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "demo"
     arguments = ["compare", "--model", str(mini_wan), *PROMPT, *SIZE, *SMALL_BLOCKS, "--seed", "5", "--out", str(out)]
-    assert main(arguments) == 0
+    assert main([*arguments, "--fps", "5"]) == 0
     assert files(tmp_path) == [
         "deep",
         "deep/demo",
@@ -49,6 +54,7 @@ def test_compare_writes_videos_and_a_result(mini_wan: Path, tmp_path: Path, caps
     ]
     for name in ("dense", "sparse"):
         assert iio.imread(out / f"{name}.mp4").shape == (9, 64, 64, 3)
+        assert iio.immeta(out / f"{name}.mp4")["fps"] == 5
     assert iio.imread(out / "side-by-side.mp4").shape[0] == 9
 
     result = json.loads((out / "result.json").read_text())
@@ -94,9 +100,11 @@ def test_density_one_is_dense_up_to_rounding(mini_wan: Path, tmp_path: Path) -> 
 
 def test_generate_writes_one_video(mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     video = tmp_path / "new" / "clip.mp4"
-    assert main(["generate", "--model", str(mini_wan), *PROMPT, *SIZE, *SMALL_BLOCKS, "--out", str(video)]) == 0
+    options = [*PROMPT, *SIZE, *SMALL_BLOCKS, "--fps", "5", "--out", str(video)]
+    assert main(["generate", "--model", str(mini_wan), *options]) == 0
     assert files(tmp_path) == ["new", "new/clip.mp4"]
     assert iio.imread(video).shape == (9, 64, 64, 3)
+    assert iio.immeta(video)["fps"] == 5
     assert str(video) in capsys.readouterr().out
 
 
@@ -201,6 +209,7 @@ def test_probe_looks_inside_and_report_shows_it(mini_wan: Path, tmp_path: Path, 
     assert "kept mass" in shown
     assert str(out) in shown
     [row] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row["rows"] == 4
     assert row["by_step"]["recall"][0] == [None, None]
     assert all(0 < recall <= 1 for step in row["by_step"]["recall"][1:] for recall in step)
     assert main(["report", "--rows", str(ROWS), "--out", str(page)]) == 0
@@ -286,6 +295,25 @@ def test_print_config_feeds_back(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert changed["schedule"]["dense_steps"] == 2
     assert changed["selection"]["density"] == 0.25
     assert changed["block_k"] == 32
+    assert changed["name"] == "radial"
+    with pytest.raises(SystemExit):
+        main(["compare", f"--config={file}", "--recipe.selection.min_width=1", "--print_config"])
+    changed = yaml.safe_load(capsys.readouterr().out)["recipe"]
+    assert (changed["name"], changed["selection"]["min_width"]) == ("radial", 1)
+
+
+def test_values_of_dotted_options_are_json_or_yaml() -> None:
+    dotted = {"1e-3": 0.001, "[1, 2]": [1, 2], "null": None, "{name: all}": {"name": "all"}, "a: b: c": "a: b: c"}
+    assert {text: _value(text) for text in dotted} == dotted
+
+
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "read_command", interrupted)
+    assert main(["methods"]) == 130
+    assert capsys.readouterr().err == "sparse-dit: interrupted\n"
 
 
 def test_a_recipe_may_be_a_file(mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sparse_dit import processors as processors_module
 from sparse_dit.engine import Run, sparse_attention
 from sparse_dit.layout import TokenLayout
 from sparse_dit.processors import Installed
@@ -348,6 +349,7 @@ def test_a_call_that_raises_leaves_nothing_behind() -> None:
         attention(tokens(), unknown=1)
     with pytest.raises(ValueError, match=r"^q: "):
         attention(tokens().long())
+    assert processors_module._eager.site is None, "it would keep the pipeline alive"
     run.begin_forward(LAYOUT, torch.tensor(0.5), planned=1)
     attention(tokens())
     run.end_forward()

@@ -3,6 +3,7 @@
 import inspect
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -333,6 +334,40 @@ def test_spans_count_what_takes_part() -> None:
         assert References().tokens({"hidden_states": torch.zeros(1, tokens, 2)}, {}, grid) == (references,)
 
 
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        ("HeliosTransformer3DModel", ("patch_long", "patch_mid", "patch_short")),
+        ("HunyuanVideoFramepackTransformer3DModel", ("proj_4x", "proj_2x", "proj")),
+    ],
+)
+def test_history_is_cut_into_the_patches_of_the_model(
+    name: str, modules: tuple[str, ...], build_model: Callable[..., Any]
+) -> None:
+    transformer = build_model(name).transformer
+    embedder = getattr(transformer, "clean_x_embedder", transformer)
+    [history] = [span for span in family_of(transformer).spans if isinstance(span, History)]
+    assert [patch for _, _, patch in history.stretches] == [getattr(embedder, name).kernel_size for name in modules]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "reason"),
+    [
+        ("Flux2Transformer2DModel", "kv_cache_mode", "reference_cache"),
+        ("ZImageTransformer2DModel", "siglip_feats", "omni"),
+        ("Kandinsky5Transformer3DModel", "sparse_params", "own_sparsity"),
+        ("GlmImageTransformer2DModel", "kv_caches", "reference_cache"),
+    ],
+)
+def test_ways_of_calling_that_stay_dense(
+    name: str, argument: str, reason: str, build_model: Callable[..., Any]
+) -> None:
+    model = build_model(name)
+    family, config = family_of(model.transformer), model.transformer.config
+    assert family.read({**model.arguments, argument: object()}, config).refusal == reason
+    assert family.read({**model.arguments, argument: None}, config).refusal is None
+
+
 def test_layers_are_in_execution_order(build_model: Callable[..., Any]) -> None:
     names = [f"transformer_blocks.{block}.attn" for block in range(11)]
     paths = list(family_of(sd3 := build_model("SD3Transformer2DModel", num_layers=11).transformer).attentions(sd3))
@@ -398,6 +433,14 @@ def test_a_transformer_of_your_own_is_one_more_row(monkeypatch: pytest.MonkeyPat
     assert explain(model, SPARSE, num_frames=3, height=9, width=7).text_before == 77
 
 
+def test_a_row_of_your_own_takes_the_place_of_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES))
+    own = replace(FAMILIES["WanTransformer3DModel"], layers=("blocks.*.attn3",))
+    families.add_family(own)
+    assert families.FAMILIES["WanTransformer3DModel"] is own
+    assert list(families.FAMILIES) == list(FAMILIES)
+
+
 def test_a_subclass_belongs_to_the_family_of_its_base() -> None:
     base = diffusers.models.transformers.WanTransformer3DModel
 
@@ -444,6 +487,8 @@ def test_the_table_in_plain_values() -> None:
         "timestep": ["timestep", 1.0, 0.0],
         "dense": "",
     }
+    masks = {name: rows[name]["mask"] for name in ("CogView4Transformer2DModel", "WanTransformer3DModel")}
+    assert masks == {"CogView4Transformer2DModel": "removed", "WanTransformer3DModel": "dense"}
     assert rows["LatteTransformer3DModel"]["dense"].startswith("it attends within a frame")
     assert all(row["layers"] or row["dense"] for row in rows.values())
     # Pictures that are edited or drawn as one frame of a video are pictures.
