@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 import yaml
 
 from sparse_dit import __version__
-from sparse_dit.app import cli
+from sparse_dit.app import cli, commands
 from sparse_dit.app.cli import COMMANDS, _value, main
+from sparse_dit.eval import calibrate, sweep
 from sparse_dit.pipelines.generate import write_video
 from sparse_dit.recipe import load_recipe, recipe_names
 
@@ -242,6 +244,39 @@ def test_report_writes_pictures_tables_and_parquet(tmp_path: Path, capsys) -> No
     assert "| tiny-radial | 0.52 | 0 of 20 |" in (tmp_path / "tables.md").read_text()
     assert (tmp_path / "rows.parquet").read_bytes()[:4] == b"PAR1"
     assert "96 rows" in (tmp_path / "report.html").read_text()
+
+
+def test_report_tells_by_its_exit_code_of_lines_and_videos_that_it_left_out(tmp_path: Path, capsys) -> None:
+    damaged, scores = tmp_path / "probes.jsonl", tmp_path / "scores.json"
+    damaged.write_bytes(b"{broken}\n")
+    scores.write_text(json.dumps({"dynamic_degree": [0.5, [{"video_path": "nobody-0.mp4", "video_results": 0.5}]]}))
+    for options, told in (
+        (["--probes", str(damaged)], "line 1 is no JSON"),
+        (["--vbench", str(scores)], "'nobody-0' is the video of no row"),
+    ):
+        assert main(["report", "--rows", str(ROWS), *options, "--out", str(tmp_path / "report.html")]) == 1
+        assert told in capsys.readouterr().err
+
+
+def test_eval_tells_by_its_exit_code_of_runs_that_failed(
+    mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = sweep.Failed("tiny-radial", ("a fox",), "out of memory")
+    monkeypatch.setattr(sweep, "sweep", lambda *_: iter([failed]))
+    out = str(tmp_path / "rows.jsonl")
+    assert main(["eval", "--model", str(mini_wan), *SIZE, "--prompts", "held-out:1", "--out", out]) == 1
+    assert "warning: tiny-radial failed: out of memory (a fox)" in capsys.readouterr().err
+
+
+def test_calibrate_looks_costs_up_for_the_tokens_of_the_run(
+    mini_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(commands, "search_of", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: SimpleNamespace(about={"density": 0.5}))
+    out = str(tmp_path / "profile.safetensors")
+    assert main(["calibrate", "--model", str(mini_wan), *SIZE, "--method", "paro", "--out", out]) == 0
+    assert asked == [("paro", 0.25, [6, 8, 8], ""), ("paro", 0.25, [6, 8, 8], "", 3 * 8 * 8)]
 
 
 def test_eval_goes_on_behind_damaged_rows_and_says_so(mini_wan: Path, tmp_path: Path, capsys) -> None:

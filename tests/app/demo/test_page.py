@@ -55,6 +55,7 @@ def test_a_run_goes_from_the_button_to_the_gallery(answers: Answers, asked: Aske
     assert len(shown[parts.files]) == 5
     assert shown[parts.mask] is not None
     # Dragging over a frame with no mask, as step 0 is dense, says why.
+    assert answers.show_mask(visit, 1, 1, 0, 99, 99, 99, 99)[0] is not None, "what lies outside is the nearest inside"
     mask, _, words = answers.show_mask(visit, 1, 0, 0, 0, 0, 0, 0)
     assert mask is None
     assert "it was dense" in words
@@ -232,6 +233,20 @@ def test_a_port_that_is_taken_is_told(studio: Studio, tmp_path: Path) -> None:
             listening(studio, Visits(tmp_path / "visits"), LOCAL, port, places=1),
         ):
             pass
+
+
+def test_a_server_that_ends_leaves_no_files(studio: Studio, tmp_path: Path) -> None:
+    visits = Visits(tmp_path / "visits")
+    with listening(studio, visits, LOCAL, 0, places=1):
+        visit = visits.open("one")
+        assert visit.folder.exists()
+    assert visit.stop.is_set()
+    assert not visits.root.exists()
+
+
+def test_a_server_without_places_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^places: 0; valid: a whole number from 1$"):
+        demo(places=0)
 
 
 def test_files_of_visits_are_served_and_no_others(served: tuple[str, Visits], mini_wan: Path) -> None:

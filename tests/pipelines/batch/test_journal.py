@@ -5,11 +5,12 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from sparse_dit.pipelines.batch.journal import FAILURES, RESULTS, open_journal, read_done
+from sparse_dit.pipelines.disk import write_stream
 
 IDS = {"a", "b", "c"}
 
@@ -118,6 +119,18 @@ def test_a_disk_that_takes_no_more_leaves_whole_lines(number: int, tmp_path: Pat
         fill(out)
         assert sorted(check(out)) == ["a", "b", "c"]
     assert moment > 15
+
+
+def test_an_interrupted_writer_takes_its_half_with_it(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"before")
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_stream(tmp_path / "a", write)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"before")]
 
 
 def test_a_short_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,6 +228,20 @@ def test_a_process_that_dies_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("forked")
+def test_no_process_is_started_that_has_nothing_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[None] = []
+
+    class Counted(processes.Member):
+        def __init__(self, makers: Sequence[Callable]) -> None:
+            started.append(None)
+            super().__init__(makers)
+
+    monkeypatch.setattr(processes, "Member", Counted)
+    [outcome] = run_processes(plan(tmp_path, "die").pending, replace(JOB, retries=0), ["cpu"] * 3)
+    assert (outcome.kind, len(started)) == ("failed", 1)
+
+
+@pytest.mark.usefixtures("forked")
 def test_processes_without_a_model_stop_the_run(tmp_path: Path) -> None:
     job = replace(JOB, model="missing")
     with pytest.raises(ValueError, match=r"^model: 'missing'; valid: another one$"):

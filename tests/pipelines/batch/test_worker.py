@@ -82,8 +82,10 @@ def failing(*errors: Exception) -> Callable[..., Any]:
 
 def test_memory_that_is_short_ends_a_row_only(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "generate", failing(torch.OutOfMemoryError("CUDA out of memory. Tried …")))
+    freed: list[None] = []
+    monkeypatch.setattr(module, "free_memory", lambda: freed.append(None))
     outcome = worker.run(ITEM)
-    assert (outcome.kind, outcome.attempts) == ("memory", 1)
+    assert (outcome.kind, outcome.attempts, len(freed)) == ("memory", 1, 1)
     assert worker.run(ITEM).kind == "done"
 
 
