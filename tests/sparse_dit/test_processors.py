@@ -14,6 +14,7 @@ from sparse_dit.engine import Run, sparse_attention
 from sparse_dit.layout import TokenLayout
 from sparse_dit.processors import Installed
 from sparse_dit.recipe import Recipe
+from sparse_dit.schedule import Schedule
 from sparse_dit.selection import Radial
 from sparse_dit.state import Context
 
@@ -63,8 +64,9 @@ class Attention(torch.nn.Module):
 processors = pytest.mark.parametrize("processor", [DispatchProcessor, FunctionalProcessor])
 
 
-def install(*processors: Any, density: float = 0.4) -> tuple[Run, Installed, list[torch.nn.Module]]:
-    run = Run(Recipe(selection=Radial(density=density), block_q=16, block_k=16))
+def install(*processors: Any, dense_steps: int = 0) -> tuple[Run, Installed, list[torch.nn.Module]]:
+    schedule = Schedule(dense_steps=dense_steps)
+    run = Run(Recipe(selection=Radial(density=0.4), schedule=schedule, block_q=16, block_k=16))
     attentions: list[torch.nn.Module] = [Attention(processor) for processor in processors]
     installed = Installed(run, attentions)
     run.state.context = Context("cond", 0)
@@ -341,6 +343,16 @@ def test_graph_breaks_do_not_lose_the_site(around: Any) -> None:
     assert torch.equal(compiled(attention, x), expected)
     run.end_forward()
     assert run.tally.summary().sparse == 2
+
+
+def test_a_dense_step_of_compiled_code_runs_on_the_backend_of_the_user() -> None:
+    run, _, (attention,) = install(DispatchProcessor(), dense_steps=1)
+    attention.processor._attention_backend = "chosen"
+    dispatched.clear()
+    torch.compile(attention, backend="eager")(tokens())
+    run.end_forward()
+    assert run.tally.summary().dense == {"dense_steps": 1}
+    assert [options.get("backend") for _, options in dispatched] == ["chosen"]
 
 
 def test_a_call_that_raises_leaves_nothing_behind() -> None:
