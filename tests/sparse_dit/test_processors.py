@@ -14,6 +14,7 @@ from sparse_dit.engine import Run, sparse_attention
 from sparse_dit.layout import TokenLayout
 from sparse_dit.processors import Installed
 from sparse_dit.recipe import Recipe
+from sparse_dit.samples import Sample, Tokens
 from sparse_dit.schedule import Schedule
 from sparse_dit.selection import Radial
 from sparse_dit.state import Context
@@ -252,6 +253,19 @@ def test_removing_leaves_the_processors_of_others_alone() -> None:
     attention.processor = newer
     installed.remove()
     assert attention.processor is newer
+
+
+def test_samples_that_reach_beyond_the_sequence_stay_dense() -> None:
+    run = Run(Recipe(selection=Radial(density=0.4), block_q=16, block_k=16))
+    attention = Attention(FunctionalProcessor())
+    Installed(run, [attention], Tokens(read=True, removes_masks=True, samples=(Sample(LAYOUT),)))
+    run.begin_forward(LAYOUT, torch.tensor(0.5), planned=1)
+    x, mask = tokens(200), torch.ones(200, 200, dtype=torch.bool).tril()
+    with pytest.warns(RuntimeWarning, match="other tokens than"):
+        out = attention(x, mask=mask)
+    assert torch.equal(out, Attention(FunctionalProcessor())(x, mask=mask))
+    run.end_forward()
+    assert run.tally.summary().dense == {"unknown_grid": 1}
 
 
 class Adapted:
