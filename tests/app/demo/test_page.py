@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
+from sparse_dit.app.demo import serve
 from sparse_dit.app.demo.actions import Asked, Finished, Studio
 from sparse_dit.app.demo.answers import Answers
 from sparse_dit.app.demo.inside import Inside
@@ -45,11 +46,13 @@ def sent(asked: Asked) -> list[Any]:
 def test_a_run_goes_from_the_button_to_the_gallery(answers: Answers, asked: Asked) -> None:
     visit, parts = answers.visits.open("one"), answers.parts
     assert "Starting" in answers.admit(visit, None, *sent(asked))[0]
-    *told, shown = answers.run(visit)
-    assert all(set(update) == {parts.status} for update in told)
+    running = answers.run(visit)
+    first = next(running)
+    assert list(answers.run(visit)) == [{parts.status: gradio.skip()}], "a run that was admitted is made once"
+    *told, shown = running
+    assert all(set(update) == {parts.status} for update in (first, *told))
     assert "value=9 max=9" in told[-2][parts.status]
     assert visit.asked is None
-    assert list(answers.run(visit)) == [{parts.status: gradio.skip()}], "a run that was admitted is made once"
     assert shown[parts.number] == 1
     assert Path(shown[parts.dense]).parent.parent == visit.folder
     assert len(shown[parts.files]) == 5
@@ -244,7 +247,8 @@ def test_a_server_that_ends_leaves_no_files(studio: Studio, tmp_path: Path) -> N
     assert not visits.root.exists()
 
 
-def test_a_server_without_places_is_refused() -> None:
+def test_a_server_without_places_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(serve, "listening")  # it would serve until it is interrupted
     with pytest.raises(ValueError, match=r"^places: 0; valid: a whole number from 1$"):
         demo(places=0)
 

@@ -58,12 +58,12 @@ def test_the_frames_of_a_strip_stand_in_rows_with_gaps() -> None:
 
 def test_the_line_runs_around_tokens_that_belong_together() -> None:
     tokens = np.zeros((3, 3), bool)
-    tokens[1, 1:] = True
+    tokens[0, 1] = tokens[1, 1] = tokens[1, 2] = True  # one above the first of two, 20 pixels each
     lined = np.asarray(pictures.outline(Image.new("RGB", (60, 60)), tokens)).any(axis=2)
-    for y, x in ((20, 30), (39, 30), (20, 50), (39, 50), (30, 20), (30, 59)):
-        assert lined[y, x], "above, below, left and right"
-    assert not lined[25:36, 36:45].any(), "between two tokens of the block"
-    assert not lined[:18].any()
+    for y, x in ((0, 30), (10, 20), (10, 39), (30, 20), (39, 30), (39, 50), (20, 50), (30, 59)):
+        assert lined[y, x], (y, x)
+    assert not lined[15:26, 26:34].any(), "between a token and the one below it"
+    assert not lined[26:34, 36:45].any(), "between a token and the one beside it"
     assert not lined[42:].any()
 
 
