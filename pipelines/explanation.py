@@ -150,7 +150,8 @@ def explain(
     attentions = list(layers_of(transformer, family, chosen).values())
     layers = len(attentions)
     steps = _step_plans(chosen, layout, layers, _noise_levels(pipe, family, num_inference_steps))
-    branches = 2 if hasattr(pipe, "do_classifier_free_guidance") else 1
+    # Asked of the class: on a pipeline that has not run yet this property has nothing to read, and is not there.
+    branches = 2 if hasattr(type(pipe), "do_classifier_free_guidance") else 1
     shape = (1, *_heads(attentions[0], transformer.config, layout.length))
     told = forecast(chosen, layout, layers=layers, branches=branches, shape=shape, dtype=torch.bfloat16)
     sparse_share = sum(step.sparse_layers for step in steps) / (layers * len(steps))

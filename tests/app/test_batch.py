@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from sparse_dit.app.cli import main
+from sparse_dit.pipelines.batch.run import Plan, Report
+from sparse_dit.pipelines.batch.worker import Job
 
 SIZE = ["--height", "32", "--width", "32", "--num_frames", "5", "--steps", "2", "--video_format", "webp"]
 
@@ -59,6 +61,20 @@ def test_rows_become_videos_and_results(mini_wan: Path, tmp_path: Path, capsys: 
     # The same options under both spellings; nothing is left to run.
     assert main([*arguments, "--dry_run", "--video-format", "webp"]) == 0
     assert "2 done" in capsys.readouterr().out
+
+
+def test_options_reach_the_job(mini_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Job] = []
+
+    def run(plan: Plan, out: Path, job: Job, *others: object) -> Report:
+        jobs.append(job)
+        return Report(plan)
+
+    monkeypatch.setattr("sparse_dit.pipelines.batch.run.run_batch", run)
+    manifest = write(tmp_path / "rows.csv", "prompt", "a fox")
+    options = ["--threads", "3", "--fps", "5", "--retries", "4", "--video_format", "webp"]
+    assert main(["batch", manifest, "--model", str(mini_wan), "--out", str(tmp_path / "out"), *options]) == 0
+    assert [(job.threads, job.fps, job.retries, job.suffix) for job in jobs] == [(3, 5, 4, ".webp")]
 
 
 BAD = {

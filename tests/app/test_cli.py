@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 import yaml
 
 from sparse_dit import __version__
-from sparse_dit.app.cli import COMMANDS, main
+from sparse_dit.app import cli, commands
+from sparse_dit.app.cli import COMMANDS, _value, main
+from sparse_dit.eval import calibrate, sweep
 from sparse_dit.pipelines.generate import write_video
 from sparse_dit.recipe import load_recipe, recipe_names
 
@@ -36,12 +39,16 @@ def test_compare_writes_webp_where_there_is_no_ffmpeg(
     assert files(tmp_path) == []
     assert main([*arguments, "--video_format", "webp"]) == 0
     assert files(tmp_path / "out") == ["dense.webp", "result.json", "side-by-side.webp", "sparse.webp"]
+    for name, options in (("dense", ["--recipe", "dense"]), ("sparse", SMALL_BLOCKS)):
+        alone = tmp_path / f"{name}.webp"
+        assert main(["generate", "--model", str(mini_wan), *PROMPT, *SIZE, *options, "--out", str(alone)]) == 0
+        assert alone.read_bytes() == (tmp_path / "out" / alone.name).read_bytes()
 
 
 def test_compare_writes_videos_and_a_result(mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "demo"
     arguments = ["compare", "--model", str(mini_wan), *PROMPT, *SIZE, *SMALL_BLOCKS, "--seed", "5", "--out", str(out)]
-    assert main(arguments) == 0
+    assert main([*arguments, "--fps", "5"]) == 0
     assert files(tmp_path) == [
         "deep",
         "deep/demo",
@@ -49,6 +56,7 @@ def test_compare_writes_videos_and_a_result(mini_wan: Path, tmp_path: Path, caps
     ]
     for name in ("dense", "sparse"):
         assert iio.imread(out / f"{name}.mp4").shape == (9, 64, 64, 3)
+        assert iio.immeta(out / f"{name}.mp4")["fps"] == 5
     assert iio.imread(out / "side-by-side.mp4").shape[0] == 9
 
     result = json.loads((out / "result.json").read_text())
@@ -94,9 +102,11 @@ def test_density_one_is_dense_up_to_rounding(mini_wan: Path, tmp_path: Path) -> 
 
 def test_generate_writes_one_video(mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     video = tmp_path / "new" / "clip.mp4"
-    assert main(["generate", "--model", str(mini_wan), *PROMPT, *SIZE, *SMALL_BLOCKS, "--out", str(video)]) == 0
+    options = [*PROMPT, *SIZE, *SMALL_BLOCKS, "--fps", "5", "--out", str(video)]
+    assert main(["generate", "--model", str(mini_wan), *options]) == 0
     assert files(tmp_path) == ["new", "new/clip.mp4"]
     assert iio.imread(video).shape == (9, 64, 64, 3)
+    assert iio.immeta(video)["fps"] == 5
     assert str(video) in capsys.readouterr().out
 
 
@@ -201,6 +211,7 @@ def test_probe_looks_inside_and_report_shows_it(mini_wan: Path, tmp_path: Path, 
     assert "kept mass" in shown
     assert str(out) in shown
     [row] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row["rows"] == 4
     assert row["by_step"]["recall"][0] == [None, None]
     assert all(0 < recall <= 1 for step in row["by_step"]["recall"][1:] for recall in step)
     assert main(["report", "--rows", str(ROWS), "--out", str(page)]) == 0
@@ -233,6 +244,39 @@ def test_report_writes_pictures_tables_and_parquet(tmp_path: Path, capsys) -> No
     assert "| tiny-radial | 0.52 | 0 of 20 |" in (tmp_path / "tables.md").read_text()
     assert (tmp_path / "rows.parquet").read_bytes()[:4] == b"PAR1"
     assert "96 rows" in (tmp_path / "report.html").read_text()
+
+
+def test_report_tells_by_its_exit_code_of_lines_and_videos_that_it_left_out(tmp_path: Path, capsys) -> None:
+    damaged, scores = tmp_path / "probes.jsonl", tmp_path / "scores.json"
+    damaged.write_bytes(b"{broken}\n")
+    scores.write_text(json.dumps({"dynamic_degree": [0.5, [{"video_path": "nobody-0.mp4", "video_results": 0.5}]]}))
+    for options, told in (
+        (["--probes", str(damaged)], "line 1 is no JSON"),
+        (["--vbench", str(scores)], "'nobody-0' is the video of no row"),
+    ):
+        assert main(["report", "--rows", str(ROWS), *options, "--out", str(tmp_path / "report.html")]) == 1
+        assert told in capsys.readouterr().err
+
+
+def test_eval_tells_by_its_exit_code_of_runs_that_failed(
+    mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = sweep.Failed("tiny-radial", ("a fox",), "out of memory")
+    monkeypatch.setattr(sweep, "sweep", lambda *_: iter([failed]))
+    out = str(tmp_path / "rows.jsonl")
+    assert main(["eval", "--model", str(mini_wan), *SIZE, "--prompts", "held-out:1", "--out", out]) == 1
+    assert "warning: tiny-radial failed: out of memory (a fox)" in capsys.readouterr().err
+
+
+def test_calibrate_looks_costs_up_for_the_tokens_of_the_run(
+    mini_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(commands, "search_of", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: SimpleNamespace(about={"density": 0.5}))
+    out = str(tmp_path / "profile.safetensors")
+    assert main(["calibrate", "--model", str(mini_wan), *SIZE, "--method", "paro", "--out", out]) == 0
+    assert asked == [("paro", 0.25, [6, 8, 8], ""), ("paro", 0.25, [6, 8, 8], "", 3 * 8 * 8)]
 
 
 def test_eval_goes_on_behind_damaged_rows_and_says_so(mini_wan: Path, tmp_path: Path, capsys) -> None:
@@ -286,6 +330,25 @@ def test_print_config_feeds_back(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert changed["schedule"]["dense_steps"] == 2
     assert changed["selection"]["density"] == 0.25
     assert changed["block_k"] == 32
+    assert changed["name"] == "radial"
+    with pytest.raises(SystemExit):
+        main(["compare", f"--config={file}", "--recipe.selection.min_width=1", "--print_config"])
+    changed = yaml.safe_load(capsys.readouterr().out)["recipe"]
+    assert (changed["name"], changed["selection"]["min_width"]) == ("radial", 1)
+
+
+def test_values_of_dotted_options_are_json_or_yaml() -> None:
+    dotted = {"1e-3": 0.001, "[1, 2]": [1, 2], "null": None, "{name: all}": {"name": "all"}, "a: b: c": "a: b: c"}
+    assert {text: _value(text) for text in dotted} == dotted
+
+
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "read_command", interrupted)
+    assert main(["methods"]) == 130
+    assert capsys.readouterr().err == "sparse-dit: interrupted\n"
 
 
 def test_a_recipe_may_be_a_file(mini_wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,15 @@ def test_a_torn_row_is_no_row_and_does_not_hurt_the_next(tmp_path: Path, torn: i
     assert [row["number"] for row in load_rows(file)] == [1, 3]
 
 
+def test_a_torn_row_of_any_length_leaves_the_rows_before_it(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    append_row(file, {"number": 1})
+    with file.open("ab") as stream:
+        stream.write(b"x" * 3 * 2**16)
+    append_row(file, {"number": 2})
+    assert [row["number"] for row in load_rows(file)] == [1, 2]
+
+
 def test_a_short_write_is_gone_on_with_and_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch) -> None:
     file, real = tmp_path / "rows.jsonl", os.write
     monkeypatch.setattr(os, "write", lambda handle, content: real(handle, bytes(content)[:7]))

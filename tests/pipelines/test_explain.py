@@ -7,16 +7,19 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
+from sparse_dit.layout import TokenLayout
 from sparse_dit.pipelines.patch import enable, explain, summary
+from sparse_dit.skipped import Reuse
 
 SPARSE = {"selection": {"name": "radial", "density": 0.3}, "block_q": 16, "block_k": 16}
 PARTLY = {**SPARSE, "schedule": {"dense_steps": 1, "dense_layers": [2]}}
 
 
 def test_explain_tells_what_the_run_then_does(wan: Any, pipe: WanPipeline) -> None:
-    before = set(vars(pipe.transformer))
+    before, timesteps = set(vars(pipe.transformer)), pipe.scheduler.timesteps.clone()
     told = explain(pipe, PARTLY, height=64, width=64, num_frames=9, num_inference_steps=wan.STEPS)
     assert set(vars(pipe.transformer)) == before
+    assert torch.equal(pipe.scheduler.timesteps, timesteps)
     assert (told.model, told.grid, told.tokens, told.layers) == ("WanTransformer3DModel", wan.GRID, 192, wan.LAYERS)
     assert (told.block_q, told.block_k, told.blocks) == (16, 16, (12, 12))
     assert (told.text_before, told.text_after) == (0, 0)
@@ -57,6 +60,37 @@ def test_explain_counts_the_whole_calls_of_a_cache(wan: Any, pipe: WanPipeline) 
     assert told.run_density == pytest.approx(counts.run_density)
     assert counts.dense == {"refresh": 8, "dense_layers": 6}
     assert "steps 0-1    0 of 3 layers sparse, 2 dense (refresh), 1 dense (dense_layers)" in str(told)
+
+
+def test_explain_counts_the_bytes_of_both_branches(pipe: WanPipeline) -> None:
+    told = explain(pipe, CACHED, height=64, width=64, num_frames=9, num_inference_steps=3)
+    bare = explain(pipe.transformer, CACHED, height=8, width=8, num_frames=3, num_inference_steps=3)
+    # Two of three layers keep a cache, whose head has 64 channels in 2 bytes.
+    cache = Reuse(ratio=False).kept_bytes(TokenLayout((3, 8, 8)), batch=1, heads=1, head_size=64, itemsize=2)
+    assert told.state_bytes - bare.state_bytes == 2 * cache > 0
+    assert [step.noise for step in bare.steps] == pytest.approx([1, 2 / 3, 1 / 3])
+
+
+def test_explain_counts_a_last_block_that_is_not_full(pipe: WanPipeline) -> None:
+    told = explain(pipe, {**SPARSE, "block_k": 64}, height=72, width=64, num_frames=9, num_inference_steps=1)
+    assert (told.tokens, told.blocks) == (216, (14, 4))
+
+
+def test_explain_knows_schedules_that_count_upwards(wan: Any) -> None:
+    pipe = wan.pipeline()
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    told = explain(pipe, SPARSE, height=64, width=64, num_frames=9, num_inference_steps=4)
+    noise = [step.noise for step in told.steps]
+    assert noise == sorted(noise, reverse=True)
+    assert noise[0] > 0.9
+
+
+def test_explain_says_from_where_values_are_left_out(pipe: WanPipeline) -> None:
+    size = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 1}
+    assert "values       left out more than 7.5 below the maximum" in str(
+        explain(pipe, {**SPARSE, "pv_threshold": 7.5}, **size)
+    )
+    assert "values" not in str(explain(pipe, SPARSE, **size))
 
 
 _DEFAULTS = {"sink_frames": 1, "full_distance": 1, "min_width": None, "decimate_below": 128}

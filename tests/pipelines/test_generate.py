@@ -5,6 +5,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -13,10 +14,12 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image, ImageSequence
 
+from sparse_dit.pipelines import generate as module
 from sparse_dit.pipelines import tiny_wan
 from sparse_dit.pipelines.generate import (
     Request,
     call_arguments,
+    check_model_folder,
     check_video_file,
     find_model,
     generate,
@@ -77,8 +80,9 @@ def test_requests_of_a_batch_differ_in_prompts_and_seeds_only(pipe: WanPipeline)
     with pytest.raises(ValueError, match="at least one"):
         generate_batch(pipe, [])
     for other in ({"height": 64}, {"steps": 3}, {"negative_prompt": "a cat"}, {"guidance_scale": 1.5}):
-        with pytest.raises(ValueError, match="valid: the same for all requests of a batch"):
-            generate_batch(pipe, [SMALL, replace(SMALL, **other)])
+        for batch in ([SMALL, replace(SMALL, **other)], [replace(SMALL, **other), SMALL]):
+            with pytest.raises(ValueError, match="valid: the same for all requests of a batch"):
+                generate_batch(pipe, batch)
 
 
 def test_defaults_are_the_models_own(pipe: WanPipeline, monkeypatch: pytest.MonkeyPatch, mini_wan: Path) -> None:
@@ -105,29 +109,60 @@ def test_a_request_that_the_pipeline_does_not_take() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"height": -8}, {"num_frames": 0}, {"seed": -1}, {"guidance_scale": float("nan")}]
-)
+    "wrong",
+    [
+        {"steps": 0}, {"height": -8}, {"num_frames": 0}, {"seed": -1}, {"seed": 2**63},
+        {"guidance_scale": float("nan")}, {"guidance_scale": float("inf")}, {"guidance_scale": -0.5},
+    ],
+)  # fmt: skip
 def test_requests_are_checked(wrong: dict) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: "):
         replace(SMALL, **wrong)
+    assert replace(SMALL, seed=2**63 - 1, guidance_scale=0, steps=1).guidance_scale == 0
 
 
-def test_frames_that_are_not_finite_are_refused(mini_wan: Path) -> None:
+def test_weights_have_the_asked_dtype_and_the_vae_has_float32(mini_wan: Path) -> None:
+    for asked, dtype in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        loaded = load_pipeline(str(mini_wan), dtype=asked)
+        assert (loaded.transformer.dtype, loaded.vae.dtype) == (dtype, torch.float32)
+
+
+def test_frames_that_are_not_finite_are_refused(mini_wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoilt = load_pipeline(str(mini_wan))
     spoilt.set_progress_bar_config(disable=True)
     with torch.no_grad():
         spoilt.transformer.proj_out.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         generate(spoilt, SMALL)
+    frames = np.ones((5, 32, 32, 3), np.float32)
+    frames[4, 0, 0, 0] = np.inf
+    monkeypatch.setattr(WanPipeline, "__call__", lambda self, **arguments: SimpleNamespace(frames=[frames]))
+    monkeypatch.setattr(module, "batch_arguments", lambda pipe, requests: {})
+    with pytest.raises(ValueError, match=r"not finite \(seed 3\)"):
+        generate(spoilt, SMALL)
 
 
-def test_models_are_folders_or_hub_ids(mini_wan: Path) -> None:
+def test_models_are_folders_or_hub_ids(mini_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_model("tiny-wan") == tiny_wan.MODEL_DIR
     assert find_model(str(mini_wan)) == mini_wan
     assert find_model("Wan-AI/Wan2.1-T2V-1.3B-Diffusers") == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    for nothing in ("tiny_wan", "/no/such/folder", "./nothing", ""):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").write_text("")  # what lies here is not asked from the Hub
+    for nothing in ("owner/name", "../nothing", "tiny_wan", "/no/such/folder", "./nothing", ""):
         with pytest.raises(ValueError, match="'tiny-wan', a folder"):
             find_model(nothing)
+
+
+def test_every_kind_of_weights_that_may_hold_code_is_refused(broken: Path) -> None:
+    kinds = (".bin", ".ckpt", ".gguf", ".h5", ".joblib", ".msgpack", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth")
+    for suffix in kinds:
+        file = broken / f"more{suffix}"
+        file.write_bytes(b"")
+        with pytest.raises(ValueError, match=f"more{suffix} is refused"):
+            check_model_folder(broken)
+        file.unlink()
+    check_model_folder(broken)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pkl", ".ckpt", ".pth"])
@@ -157,6 +192,11 @@ def _foreign_code(folder: Path) -> None:
 
 def _no_component(folder: Path) -> None:
     shutil.rmtree(folder / "vae")
+
+
+def _empty_component(folder: Path) -> None:
+    _no_component(folder)
+    (folder / "vae").mkdir()
 
 
 def _no_weights(folder: Path) -> None:
@@ -189,6 +229,7 @@ def _other_shapes(folder: Path) -> None:
         (_unknown_pipeline, "nearest is 'WanPipeline'"),
         (_foreign_code, "valid: a pipeline of diffusers"),
         (_no_component, "lacks the folder 'vae'"),
+        (_empty_component, "lacks the folder 'vae'"),
         (_no_weights, "cannot be loaded"),
         (_truncated_weights, r"transformer/.*safetensors is damaged"),
         (_empty_weights, r"vae/.*safetensors is damaged"),
@@ -229,6 +270,46 @@ def test_webp_is_lossless_and_needs_no_ffmpeg(tmp_path: Path, monkeypatch: pytes
     np.testing.assert_array_equal(np.stack(read), pixels)
     with pytest.raises(ValueError, match=r"needs ffmpeg; valid: install imageio-ffmpeg, or a name ending in \.webp$"):
         check_video_file(tmp_path / "x.mp4")
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 33), (33, 32)])
+def test_one_odd_side_is_enough_to_keep_all_colours(tmp_path: Path, height: int, width: int) -> None:
+    write_video(np.zeros((2, height, width, 3), np.float32), tmp_path / "x.mp4")
+    assert iio.immeta(tmp_path / "x.mp4")["pix_fmt"].startswith("yuv444p")
+
+
+def test_a_video_has_the_frames_a_second_that_were_asked_for(tmp_path: Path) -> None:
+    # No two frames are equal, as those may be joined.
+    frames = np.linspace(0, 1, 4, dtype=np.float32)[:, None, None, None] * np.ones((4, 32, 32, 3), np.float32)
+    for name in ("x.mp4", "x.webp"):
+        write_video(frames, tmp_path / name, fps=5)
+    assert iio.immeta(tmp_path / "x.mp4")["fps"] == 5
+    with Image.open(tmp_path / "x.webp") as video:
+        video.load()
+        assert (video.info["duration"], video.info["loop"]) == (200, 0)
+
+
+def test_values_outside_of_the_range_are_cut_and_the_others_rounded(tmp_path: Path) -> None:
+    frames = np.array([-3.0, 2.0, 127.6 / 255], np.float32)[:, None, None, None] * np.ones((3, 4, 4, 3), np.float32)
+    write_video(frames, tmp_path / "x.webp")
+    with Image.open(tmp_path / "x.webp") as video:
+        levels = [int(np.asarray(frame.convert("RGB"))[0, 0, 0]) for frame in ImageSequence.Iterator(video)]
+    assert levels == [0, 255, 128]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webp"])
+def test_an_encoder_that_fails_leaves_the_video_of_before(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pixels: object, path: Path, fps: int) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, f"_write_{suffix[1:]}", fail)
+    (tmp_path / f"x{suffix}").write_bytes(b"before")
+    with pytest.raises(OSError, match="No space"):
+        write_video(np.zeros((2, 8, 8, 3), np.float32), tmp_path / f"x{suffix}")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(f"x{suffix}", b"before")]
 
 
 def test_a_video_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from diffusers.models.transformers import transformer_wan
 
 import sparse_dit
 from sparse_dit.pipelines.patch import disable, enable, explain, sparse, summary
+from sparse_dit.state import Context
 
 SPARSE = {"selection": {"name": "radial", "density": 0.3}, "block_q": 16, "block_k": 16}
 EVERYTHING = {"selection": {"name": "radial", "density": 1.0}, "block_q": 16, "block_k": 16}
@@ -184,6 +185,37 @@ def test_a_with_block_leaves_the_pipeline_as_it_was(wan: Any, pipe: WanPipeline,
     assert torch.equal(wan.generate(pipe), dense)
 
 
+def test_a_with_block_leaves_strictness_and_timing_as_they_were(wan: Any, pipe: WanPipeline) -> None:
+    enable(pipe, SPARSE, strict=True, timing=True)
+    with sparse(pipe, "dense"):
+        wan.generate(pipe)
+        assert summary(pipe).attention_seconds is None
+    wan.generate(pipe)
+    assert (summary(pipe).attention_seconds or 0) > 0
+    pipe.transformer.blocks[0].attn1.forward = lambda hidden_states, *_: hidden_states
+    with pytest.raises(RuntimeError, match="2 self-attention calls were made where 3 were planned"):
+        wan.generate(pipe)
+
+
+def test_a_cache_context_ends_with_its_block(wan: Any) -> None:
+    model = enable(wan.transformer(), SPARSE, strict=True)
+    state = vars(model)["_sparse_dit"].run.state
+    with model.cache_context("cond"):
+        assert state.context == Context("cond", None)
+        wan.forward(model)
+    assert state.context == Context()
+
+
+def test_arguments_may_be_given_by_position(wan: Any) -> None:
+    model = wan.transformer()
+    expected = wan.forward(enable(model, SPARSE, strict=True))
+
+    def by_position(hidden_states: Any, timestep: Any, encoder_hidden_states: Any, return_dict: bool) -> Any:
+        return model(hidden_states, timestep, encoder_hidden_states, return_dict=return_dict)
+
+    assert torch.equal(wan.forward(by_position), expected)
+
+
 def test_an_exception_inside_a_forward_leaves_a_usable_pipeline(
     wan: Any, pipe: WanPipeline, dense: torch.Tensor
 ) -> None:
@@ -288,6 +320,10 @@ def test_a_refused_recipe_changes_nothing(pipe: WanPipeline) -> None:
     assert processors(pipe.transformer) == before
     with pytest.raises(ValueError, match=r"valid: a pipeline after enable\(pipe\)$"):
         summary(pipe)
+    before = processors(enable(pipe, SPARSE).transformer)
+    with pytest.raises(ValueError, match=r"^schedule\.dense_layers: \[3\]"):
+        enable(pipe, {**SPARSE, "schedule": {"dense_layers": [3]}})
+    assert processors(pipe.transformer) == before
 
 
 def test_a_stand_in_that_was_there_before_comes_back(wan: Any, pipe: WanPipeline) -> None:

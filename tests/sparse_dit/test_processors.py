@@ -9,10 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sparse_dit import processors as processors_module
 from sparse_dit.engine import Run, sparse_attention
 from sparse_dit.layout import TokenLayout
 from sparse_dit.processors import Installed
 from sparse_dit.recipe import Recipe
+from sparse_dit.samples import Sample, Tokens
+from sparse_dit.schedule import Schedule
 from sparse_dit.selection import Radial
 from sparse_dit.state import Context
 
@@ -62,8 +65,9 @@ class Attention(torch.nn.Module):
 processors = pytest.mark.parametrize("processor", [DispatchProcessor, FunctionalProcessor])
 
 
-def install(*processors: Any, density: float = 0.4) -> tuple[Run, Installed, list[torch.nn.Module]]:
-    run = Run(Recipe(selection=Radial(density=density), block_q=16, block_k=16))
+def install(*processors: Any, dense_steps: int = 0) -> tuple[Run, Installed, list[torch.nn.Module]]:
+    schedule = Schedule(dense_steps=dense_steps)
+    run = Run(Recipe(selection=Radial(density=0.4), schedule=schedule, block_q=16, block_k=16))
     attentions: list[torch.nn.Module] = [Attention(processor) for processor in processors]
     installed = Installed(run, attentions)
     run.state.context = Context("cond", 0)
@@ -136,14 +140,18 @@ def test_calls_that_cannot_be_sparse_run_as_the_model_made_them(
 class Varied:
     """Makes the call that a test asks for."""
 
-    def __call__(self, attn: Any, x: torch.Tensor, key: torch.Tensor, options: dict[str, Any]) -> Any:
-        return F.scaled_dot_product_attention(x, key, key, **options)
+    def __call__(
+        self, attn: Any, x: torch.Tensor, key: torch.Tensor, options: dict[str, Any], value: torch.Tensor | None = None
+    ) -> Any:
+        return F.scaled_dot_product_attention(x, key, key if value is None else value, **options)
 
 
 @pytest.mark.parametrize(
     ("keys", "heads", "options", "reason"),
     [
         (225, 2, {"is_causal": True}, "causal"),
+        (225, 2, {"is_causal": True, "scale": 0.7}, "causal"),
+        (77, 2, {"attn_mask": torch.arange(77)[None] < 50}, "cross_attention"),
         (225, 2, {"dropout_p": 0.5}, "dropout"),
         (77, 2, {}, "cross_attention"),
         (225, 1, {"enable_gqa": True}, "grouped_heads"),
@@ -158,6 +166,28 @@ def test_features_the_kernel_lacks_are_dense(keys: int, heads: int, options: dic
     assert torch.equal(out, F.scaled_dot_product_attention(x, key, key, **options))
     run.end_forward()
     assert run.tally.summary().dense == {reason: 1}
+
+
+def test_values_of_another_width_are_dense() -> None:
+    run, _, (attention,) = install(Varied())
+    x, value = torch.randn(1, 2, LAYOUT.length, 64), torch.randn(1, 2, LAYOUT.length, 32)
+    out = attention(x, key=x, value=value, options={})
+    assert torch.equal(out, F.scaled_dot_product_attention(x, x, value))
+    run.end_forward()
+    assert run.tally.summary().dense == {"grouped_heads": 1}
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_any_of_three_that_needs_a_gradient_makes_a_call_dense(trained: int) -> None:
+    run, _, (attention,) = install(Varied())
+    q, k, v = (torch.randn(1, 2, LAYOUT.length, 64, requires_grad=place == trained) for place in range(3))
+    attention(q, key=k, value=v, options={})
+    run.end_forward()
+    run.begin_forward(LAYOUT, torch.tensor(0.5), planned=1)
+    with torch.no_grad():
+        attention(q, key=k, value=v, options={})
+    run.end_forward()
+    assert (run.tally.summary().dense, run.tally.summary().sparse) == ({"gradient": 1}, 1)
 
 
 # What diffusers passes where several processes share the tokens; how, nobody has told here.
@@ -185,6 +215,14 @@ def test_options_of_the_dispatcher_that_the_kernel_lacks_are_dense(options: dict
     assert run.tally.summary().dense == {reason: 1}
     positional, named = dispatched[0]
     assert next(iter(options.values())) in (*positional, *named.values())
+
+
+def test_a_dense_call_passes_every_option_on() -> None:
+    options = {"dropout_p": 0.5, "is_causal": True, "scale": 0.7, "enable_gqa": True, "attention_kwargs": {"window": 3}}
+    _, _, (attention,) = install(Forwarding())
+    dispatched.clear()
+    attention(tokens(), options=options)
+    assert dispatched == [((None, *options.values()), {"backend": None, "parallel_config": None})]
 
 
 def test_a_dense_call_passes_the_backend_of_the_user_on() -> None:
@@ -215,6 +253,19 @@ def test_removing_leaves_the_processors_of_others_alone() -> None:
     attention.processor = newer
     installed.remove()
     assert attention.processor is newer
+
+
+def test_samples_that_reach_beyond_the_sequence_stay_dense() -> None:
+    run = Run(Recipe(selection=Radial(density=0.4), block_q=16, block_k=16))
+    attention = Attention(FunctionalProcessor())
+    Installed(run, [attention], Tokens(read=True, removes_masks=True, samples=(Sample(LAYOUT),)))
+    run.begin_forward(LAYOUT, torch.tensor(0.5), planned=1)
+    x, mask = tokens(200), torch.ones(200, 200, dtype=torch.bool).tril()
+    with pytest.warns(RuntimeWarning, match="other tokens than"):
+        out = attention(x, mask=mask)
+    assert torch.equal(out, Attention(FunctionalProcessor())(x, mask=mask))
+    run.end_forward()
+    assert run.tally.summary().dense == {"unknown_grid": 1}
 
 
 class Adapted:
@@ -308,12 +359,23 @@ def test_graph_breaks_do_not_lose_the_site(around: Any) -> None:
     assert run.tally.summary().sparse == 2
 
 
+def test_a_dense_step_of_compiled_code_runs_on_the_backend_of_the_user() -> None:
+    run, _, (attention,) = install(DispatchProcessor(), dense_steps=1)
+    attention.processor._attention_backend = "chosen"
+    dispatched.clear()
+    torch.compile(attention, backend="eager")(tokens())
+    run.end_forward()
+    assert run.tally.summary().dense == {"dense_steps": 1}
+    assert [options.get("backend") for _, options in dispatched] == ["chosen"]
+
+
 def test_a_call_that_raises_leaves_nothing_behind() -> None:
     run, _, (attention,) = install(DispatchProcessor())
     with pytest.raises(TypeError):
         attention(tokens(), unknown=1)
     with pytest.raises(ValueError, match=r"^q: "):
         attention(tokens().long())
+    assert processors_module._eager.site is None, "it would keep the pipeline alive"
     run.begin_forward(LAYOUT, torch.tensor(0.5), planned=1)
     attention(tokens())
     run.end_forward()

@@ -6,15 +6,19 @@ import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from sparse_dit.app.demo.actions import Asked, Finished, Studio, frame_of, latent_of
-from sparse_dit.app.demo.inside import Inside, look_inside
-from sparse_dit.app.demo.visits import Stopped, Visit
+from sparse_dit.app.demo import actions, inside
+from sparse_dit.app.demo.actions import Asked, Finished, Studio, _write, frame_of, latent_of, to_pixels
+from sparse_dit.app.demo.inside import Inside, Stored, look_inside
+from sparse_dit.app.demo.visits import MAX_RUNS, Stopped, Visit
+from sparse_dit.app.demo.watch import watched
 from sparse_dit.calls import plan
+from sparse_dit.eval.probe import Place
 from sparse_dit.kernels.lists import lists_to_mask
 from sparse_dit.layout import TokenLayout
 from sparse_dit.pipelines.generate import generate, load_pipeline
@@ -68,6 +72,38 @@ def test_a_stopped_run_ends_at_once_and_leaves_nothing(
     again = studio.run(visit, replace(asked, inside=False), lambda *_: None)
     assert np.array_equal(again.clip("sparse"), run.clip("sparse"))
     assert again.inside is None
+
+
+def test_a_run_that_was_stopped_in_line_does_not_begin(asked: Asked, studio: Studio, tmp_path: Path) -> None:
+    visit, told = Visit(tmp_path / "visit"), []
+    visit.stop.set()
+    with pytest.raises(Stopped):
+        Studio(studio.models, studio.limits).run(visit, asked, lambda *what: told.append(what))
+    assert told == []
+    assert not list(visit.folder.iterdir())
+
+
+def test_a_run_without_a_look_inside_has_two_passes(asked: Asked, studio: Studio, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    visit = Visit(tmp_path / "visit")
+    request = replace(asked.request, height=32, width=32)
+    for _ in range(MAX_RUNS + 1):
+        visit._made += 1
+        visit.runs[visit._made] = Finished(visit._made, tmp_path / f"old-{visit._made}", {}, None)
+    run = studio.run(visit, replace(asked, request=request, inside=False), lambda _, *steps: told.append(steps))
+    assert max(told) == (6, 6)
+    assert {total for _, total in told} <= {0, 6}
+    assert (len(visit.runs), visit.runs[run.number]) == (MAX_RUNS, run), "the oldest went"
+
+
+def test_a_studio_has_the_model_that_was_asked_for(mini_wan: Path, studio: Studio) -> None:
+    both = Studio({"one": str(mini_wan), "two": str(mini_wan)}, studio.limits)
+    one = both._pipeline("one")
+    assert both._pipeline("one") is one
+    two = both._pipeline("two")
+    assert two is not one
+    assert both._pipeline("two") is two
+    assert both._pipeline("one") is not one, "one at a time"
 
 
 def test_two_visitors_take_turns(studio: Studio, asked: Asked, tmp_path: Path) -> None:
@@ -145,6 +181,87 @@ def test_masks_are_those_of_the_plan(recipe: Recipe, asked: Asked, mini_wan: Pat
         assert set(np.flatnonzero(keys)) == expected
         assert 0 < len(expected) < 192, "the whole grid or nothing would show nothing"
         assert set(np.flatnonzero(own)) == set(order[block * recipe.block_q : (block + 1) * recipe.block_q])
+
+
+def by_hand(folder: Path, mask: np.ndarray, order: np.ndarray | None) -> Inside:
+    """One call over two text tokens and a grid of one row of six, in blocks of 2 queries and 4 keys."""
+    np.save(folder / "mask.npy", np.packbits(mask, axis=-1))
+    if order is not None:
+        np.save(folder / "order.npy", order.astype(np.int32))
+    stored = Stored(folder / "mask.npy", None if order is None else folder / "order.npy", 2, 2, 4)
+    return Inside(folder, (1, 1, 6), 2, 1, 1, 2, masks={(0, 0): stored})
+
+
+def test_text_in_front_moves_the_grid_into_later_blocks(tmp_path: Path) -> None:
+    mask = np.zeros((2, 4, 2), bool)
+    mask[0, 1], mask[1, 3] = [True, False], [False, True]
+    found = by_hand(tmp_path, mask, None)
+    # Tokens 0 and 1 of the grid are tokens 2 and 3 of the call: block 1 of queries, block 0 of keys.
+    for head, column, keys, own in ((0, 0, [0, 1], [0, 1]), (0, 4, [], [4, 5]), (1, 5, [2, 3, 4, 5], [4, 5])):
+        seen = found.computed(0, 0, head, (0, 0, column))
+        assert seen is not None
+        assert [np.flatnonzero(tokens).tolist() for tokens in seen] == [keys, own]
+
+
+def test_heads_may_have_orders_of_their_own(tmp_path: Path) -> None:
+    mask = np.zeros((1, 4, 2), bool)
+    mask[0, 3] = [False, True]
+    found = by_hand(tmp_path, mask, np.array([range(8), [*range(8)][::-1]]))
+    for head, column, keys in ((0, 5, [2, 3, 4, 5]), (0, 0, []), (1, 5, [])):
+        seen = found.computed(0, 0, head, (0, 0, column))
+        assert seen is not None
+        assert np.flatnonzero(seen[0]).tolist() == keys
+
+
+def test_masks_beyond_what_is_kept_are_told(
+    asked: Asked, mini_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("tiny-radial").override({"schedule.dense_steps": 0})
+    monkeypatch.setattr(inside, "MASK_BYTES", 0)
+    found = look_inside(load_pipeline(str(mini_wan)), replace(asked.request, steps=1), recipe, tmp_path)
+    assert found.missing == "only the first 0 MiB of masks are kept"
+    assert found.masks == {}
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_masks_are_those_of_the_first_branch(tmp_path: Path) -> None:
+    found = Inside(tmp_path, (1, 1, 32), 0, 1)
+    keeper = inside._Keeper(found)
+    for branch, column in ((0, 0), (1, 1)):
+        x, indices = torch.zeros(1, 1, 32, 4), torch.full((1, 1, 2, 1), column, dtype=torch.int32)
+        keeper.calls.append((x, x, x, indices, torch.ones(1, 1, 2, dtype=torch.int32), None, 16, 16))
+        keeper.keep(Place(0, 0, branch), 1)
+        assert keeper.calls == []
+    seen = found.computed(0, 0, 0, (0, 0, 0))
+    assert seen is not None
+    assert np.flatnonzero(seen[0]).tolist() == list(range(16))
+    files = [keeper._file(np.zeros(shape, np.uint8)) for shape in ((2, 3), (3, 2), (2, 3))]
+    assert files[0] == files[2] != files[1]
+
+
+def test_a_pipeline_that_was_watched_has_its_own_bar_again(mini_wan: Path) -> None:
+    pipe, stop = load_pipeline(str(mini_wan)), threading.Event()
+    with watched(pipe, lambda *_: None, stop):
+        assert "progress_bar" in vars(pipe)
+    assert "progress_bar" not in vars(pipe)
+    stop.set()
+    with pytest.raises(Stopped), watched(pipe, lambda *_: None, stop):
+        raise AssertionError("it was stopped before it began")
+
+
+def test_pixels_are_rounded_and_cut() -> None:
+    assert to_pixels(np.array([-3.0, 2.0, 127.6 / 255], np.float32)).tolist() == [0, 255, 128]
+
+
+def test_dense_stands_on_the_left(asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stood = []
+    monkeypatch.setattr(actions, "side_by_side", lambda left, right, label: stood.append((left, right)) or left)
+    dense, sparse = np.zeros((1, 8, 8, 4), np.float32), np.ones((1, 8, 8, 4), np.float32)
+    record = {"run_density": 1.0, "psnr": 1.0}
+    _write(tmp_path, SimpleNamespace(dense=dense, sparse=sparse, record=record), asked.recipe)
+    [(left, right)] = stood
+    assert (left.max(), right.min(), left.shape) == (0, 1, (1, 8, 8, 3))
+    assert not Finished(1, tmp_path, {}, None).clip("dense").any()
 
 
 def test_layers_of_both_transformers_can_be_looked_at(asked: Asked, mini_wan: Path, tmp_path: Path) -> None:

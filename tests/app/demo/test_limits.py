@@ -104,6 +104,7 @@ def test_a_density_takes_the_place_of_its_rival_and_is_refused_where_there_is_no
         "[" * 3000,
         "note: &a [x, x]\nsource: *a",
         "selection: !!python/object/apply:os.system ['true']",
+        "block_q: !!int '16'",
         "selection: {name: profile, file: ../../etc/passwd}",
         "selection: {name: profile, file: /etc/passwd}",
         "selection: {name: profile, file: profile.safetensors}",
@@ -120,6 +121,13 @@ def test_bad_recipes_are_refused_in_one_line(rest: Any) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]{1,400}$") as caught:
         join_recipe(LIMITS, None, None, None, rest)
     assert "passwd" not in str(caught.value) or "no paths" in str(caught.value)
+
+
+@pytest.mark.parametrize("steps", [-1, 11, 2.5, True, "3", float("inf")])
+def test_bad_dense_steps_are_refused(steps: Any) -> None:
+    with pytest.raises(ValueError, match=r"^dense steps: .*; valid: a whole number from 0 to 10$"):
+        join_recipe(Limits(steps=10), None, steps, None, "selection: radial")
+    assert join_recipe(Limits(steps=10), None, 10.0, None, "selection: radial").schedule.dense_steps == 10
 
 
 @pytest.mark.parametrize("density", ["0.3", float("nan"), 2.0, 0.0, -1, True, [0.3]])

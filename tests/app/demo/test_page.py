@@ -7,19 +7,24 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import gradio
 import httpx
+import numpy as np
 import pytest
 
+from sparse_dit.app.demo import serve
 from sparse_dit.app.demo.actions import Asked, Finished, Studio
 from sparse_dit.app.demo.answers import Answers
+from sparse_dit.app.demo.inside import Inside
 from sparse_dit.app.demo.limits import split_recipe
 from sparse_dit.app.demo.page import EXAMPLES, build
 from sparse_dit.app.demo.serve import LOCAL, demo, listening
 from sparse_dit.app.demo.visits import Visit, Visits
+from sparse_dit.eval import mask_pictures
 from sparse_dit.eval.demo_client import Visitor
 from sparse_dit.pipelines.tiny_wan.grammar import vocabulary
 from sparse_dit.recipe import load_recipe, recipe_names
@@ -41,8 +46,11 @@ def sent(asked: Asked) -> list[Any]:
 def test_a_run_goes_from_the_button_to_the_gallery(answers: Answers, asked: Asked) -> None:
     visit, parts = answers.visits.open("one"), answers.parts
     assert "Starting" in answers.admit(visit, None, *sent(asked))[0]
-    *told, shown = answers.run(visit)
-    assert all(set(update) == {parts.status} for update in told)
+    running = answers.run(visit)
+    first = next(running)
+    assert list(answers.run(visit)) == [{parts.status: gradio.skip()}], "a run that was admitted is made once"
+    *told, shown = running
+    assert all(set(update) == {parts.status} for update in (first, *told))
     assert "value=9 max=9" in told[-2][parts.status]
     assert visit.asked is None
     assert shown[parts.number] == 1
@@ -50,6 +58,7 @@ def test_a_run_goes_from_the_button_to_the_gallery(answers: Answers, asked: Aske
     assert len(shown[parts.files]) == 5
     assert shown[parts.mask] is not None
     # Dragging over a frame with no mask, as step 0 is dense, says why.
+    assert answers.show_mask(visit, 1, 1, 0, 99, 99, 99, 99)[0] is not None, "what lies outside is the nearest inside"
     mask, _, words = answers.show_mask(visit, 1, 0, 0, 0, 0, 0, 0)
     assert mask is None
     assert "it was dense" in words
@@ -121,6 +130,48 @@ def test_runs_of_others_cannot_be_shown(answers: Answers, run: Finished) -> None
             answers.show_frame(visit, 1, 0)
 
 
+def test_a_click_finds_the_token_in_pictures_that_are_not_square(answers: Answers, run: Finished) -> None:
+    visit = answers.visits.open("one")
+    np.save(visit.folder / "sparse.npy", np.zeros((1, 16, 32, 3), np.uint8))
+    grid = Inside(visit.folder, (1, 2, 8), 0, 1, 1, 1)
+    visit.keep(replace(run, number=1, folder=visit.folder, inside=grid))
+    shown = mask_pictures.enlarged(np.zeros((16, 32, 3), np.uint8))
+    for x, y, row, column in ((0.99, 0.99, 1, 7), (0.3, 0.6, 1, 2), (0.9, 0.4, 0, 7)):
+        place = [x * shown.width, y * shown.height]
+        click = gradio.SelectData(None, {"index": place, "value": None})
+        assert answers.pick_query(visit, 1, 0, 0, 0, 0, click)[:2] == (row, column)
+
+
+def test_a_run_of_the_gallery_is_the_one_that_was_clicked(
+    answers: Answers, run: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visit, shown = answers.visits.open("one"), []
+    monkeypatch.setattr(answers, "show", lambda visit, number: shown.append(number) or {})
+    for number in (4, 7, 9):
+        visit.runs[number] = run
+    for index in (0, 2, 3, None):
+        answers.pick_run(visit, gradio.SelectData(None, {"index": index, "value": None}))
+    assert shown == [4, 9]
+    visit.runs.clear()
+
+
+def test_a_page_that_is_closed_leaves_nothing_with_gradio(answers: Answers) -> None:
+    answers.visits.open("one")
+    held = {"one": object(), "two": object()}
+    app = SimpleNamespace(state_holder=SimpleNamespace(session_data=held))
+    answers.close_visit(SimpleNamespace(session_hash="one", request=SimpleNamespace(app=app)))
+    assert (list(held), len(answers.visits)) == (["two"], 0)
+
+
+def test_recipes_and_models_off_the_lists_are_refused(answers: Answers, asked: Asked) -> None:
+    with pytest.raises(gradio.Error, match="recipe: it is not on the list"):
+        answers.choose_recipe("/etc/passwd")
+    visit = answers.visits.open("one")
+    refusal = answers.admit(visit, None, "other", *sent(asked)[1:])[0]
+    assert "not on this server&#x27;s list" in refusal
+    assert visit.asked is None
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_can_be_chosen(answers: Answers, name: str) -> None:
     density, steps, precision, rest, _ = answers.choose_recipe(name)
@@ -185,6 +236,21 @@ def test_a_port_that_is_taken_is_told(studio: Studio, tmp_path: Path) -> None:
             listening(studio, Visits(tmp_path / "visits"), LOCAL, port, places=1),
         ):
             pass
+
+
+def test_a_server_that_ends_leaves_no_files(studio: Studio, tmp_path: Path) -> None:
+    visits = Visits(tmp_path / "visits")
+    with listening(studio, visits, LOCAL, 0, places=1):
+        visit = visits.open("one")
+        assert visit.folder.exists()
+    assert visit.stop.is_set()
+    assert not visits.root.exists()
+
+
+def test_a_server_without_places_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(serve, "listening")  # it would serve until it is interrupted
+    with pytest.raises(ValueError, match=r"^places: 0; valid: a whole number from 1$"):
+        demo(places=0)
 
 
 def test_files_of_visits_are_served_and_no_others(served: tuple[str, Visits], mini_wan: Path) -> None:

@@ -88,6 +88,17 @@ def test_the_line_takes_one_run_a_visit_and_no_more_than_it_has_places(visits: V
     assert visits.enter(three, ASKED, 2) == 1
 
 
+def test_a_run_that_was_stopped_does_not_stop_the_next_one(visits: Visits) -> None:
+    visit = visits.open("one")
+    visits.enter(visit, ASKED, 2)
+    first = visit.stop
+    first.set()
+    visit.asked = None
+    visits.enter(visit, ASKED, 2)
+    assert not visit.stop.is_set()
+    assert first.is_set()
+
+
 def test_visits_that_nobody_closes_do_not_pile_up(visits: Visits) -> None:
     busy, used, idle = (visits.open(name) for name in ("busy", "used", "idle"))
     visits.enter(busy, ASKED, 2)

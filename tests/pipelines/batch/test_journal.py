@@ -5,11 +5,12 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from sparse_dit.pipelines.batch.journal import FAILURES, RESULTS, open_journal, read_done
+from sparse_dit.pipelines.disk import write_stream
 
 IDS = {"a", "b", "c"}
 
@@ -120,6 +121,18 @@ def test_a_disk_that_takes_no_more_leaves_whole_lines(number: int, tmp_path: Pat
     assert moment > 15
 
 
+def test_an_interrupted_writer_takes_its_half_with_it(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"before")
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_stream(tmp_path / "a", write)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"before")]
+
+
 def test_a_short_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda file, content: real(file, bytes(content)[:7]))
@@ -151,6 +164,27 @@ def test_a_torn_line_and_a_repeated_one_are_dropped(tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_bytes(lines + lines.splitlines(keepends=True)[0] + b'{"schema": 1, "id"')
     assert read_done(tmp_path).keys() == IDS
     fill(tmp_path)
+    assert (tmp_path / RESULTS).read_bytes() == lines
+
+
+def test_of_rows_of_equal_id_the_first_one_counts(tmp_path: Path) -> None:
+    fill(tmp_path)
+    repeated = json.dumps({"schema": 1, **row("a"), "prompt": "later"}).encode() + b"\n"
+    (tmp_path / RESULTS).write_bytes((tmp_path / RESULTS).read_bytes() + repeated)
+    assert read_done(tmp_path)["a"]["prompt"] == row("a")["prompt"]
+
+
+def test_what_an_interrupted_run_left_half_done_goes(tmp_path: Path) -> None:
+    (tmp_path / ".partial-of-a-row-that-does-not-come-again.webp").write_bytes(b"half")
+    fill(tmp_path)
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_a_row_that_is_no_json_is_not_written(tmp_path: Path) -> None:
+    fill(tmp_path)
+    lines = (tmp_path / RESULTS).read_bytes()
+    with open_journal(tmp_path, {"d"}) as journal, pytest.raises(ValueError, match="JSON"):
+        journal.add("d.webp", video("d"), {**row("d"), "seconds": float("nan")})
     assert (tmp_path / RESULTS).read_bytes() == lines
 
 

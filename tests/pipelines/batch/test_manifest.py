@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_dit.pipelines.batch.identity import model_identity
+from sparse_dit.pipelines.batch.identity import digest, model_identity
 from sparse_dit.pipelines.batch.manifest import Item, Refused, read_manifest
 from sparse_dit.pipelines.generate import Request
 from sparse_dit.recipe import load_recipe
@@ -41,12 +41,16 @@ def test_a_row_has_what_it_names_and_the_defaults(tmp_path: Path) -> None:
 
 
 def test_a_row_chooses_and_changes_its_recipe(tmp_path: Path) -> None:
-    changed, named, both = rows(
+    changed, again, named, both, null = rows(
         tmp_path,
         {"prompt": "x", "recipe.block_q": 32, "recipe.selection.density": 0.4},
+        {"prompt": "x", "recipe.block_q": 64},
         {"prompt": "x", "recipe": "radial"},
         {"prompt": "x", "recipe": {"name": "mine", "selection": "all"}, "recipe.block_k": 128},
+        {"prompt": "x", "recipe": None, "recipe.block_q": None},
     )
+    assert again.recipe == RECIPE.override({"block_q": 64})
+    assert null.recipe == RECIPE
     assert changed.recipe == RECIPE.override({"block_q": 32, "selection.density": 0.4})
     assert named.recipe == load_recipe("radial")
     assert (both.recipe.name, both.recipe.block_k) == ("mine", 128)
@@ -146,6 +150,19 @@ def test_whatever_changes_a_video_changes_the_id(tmp_path: Path) -> None:
     assert rows(tmp_path, {"seed": 1, "prompt": "x", "steps": 7})[0].id == items[0].id
 
 
+def test_two_spellings_of_a_value_are_one_row(tmp_path: Path) -> None:
+    whole, fraction = rows(tmp_path, {"prompt": "x", "guidance_scale": 4}, {"prompt": "x", "guidance_scale": 4.0})
+    assert whole.id == fraction.id
+    assert digest({"model": "a", "fps": 1}) == digest({"fps": 1, "model": "a"}) != digest({"fps": 2, "model": "a"})
+
+
+def test_a_row_changes_the_recipe_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x", "recipe.block_q": 32}')
+    own = load_recipe("radial")
+    [item], _ = read_manifest(tmp_path / "rows.jsonl", DEFAULTS, own, CONTEXT)
+    assert item.recipe == own.override({"block_q": 32})
+
+
 @given(prompt=st.text(min_size=1).filter(str.strip))
 def test_file_names_are_plain(prompt: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     item = Item(1, "0123456789abcdef", Request(prompt), RECIPE)
@@ -163,6 +180,19 @@ def test_a_model_is_known_by_its_content(mini_wan: Path, tmp_path: Path) -> None
     assert model_identity(str(copy)) != model_identity(str(mini_wan))
     with pytest.raises(ValueError, match=r"^model: "):
         model_identity(str(tmp_path / "none"))
+
+
+def test_every_file_that_a_model_reads_counts_and_no_other(mini_wan: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(mini_wan, tmp_path / "copy")
+    seen = [model_identity(str(copy))]
+    for name in ("merges.txt", "tokenizer/merges.txt", "spiece.model", "more.json"):
+        (copy / name).write_text("{}")
+        seen.append(model_identity(str(copy)))
+    (copy / "spiece.model").rename(copy / "spiece2.model")
+    seen.append(model_identity(str(copy)))
+    assert len(set(seen)) == len(seen)
+    (copy / "README.md").write_text("{}")
+    assert model_identity(str(copy)) == seen[-1]
 
 
 def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,20 @@ def test_a_row_that_fails_is_told_and_tried_in_the_next_run(kind: Kind, tmp_path
 def test_what_no_row_would_survive_stops_the_run(kind: Kind, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"row 1 went wrong.*1 of 3 rows are done, the same command goes on from there"):
         run(tmp_path, plan(tmp_path, "a", "b", "c"), ends(kind, 1))
-    assert run(tmp_path, plan(tmp_path, "a", "b", "c")).made == 2
+    with pytest.raises(OSError, match=r"row 1 went wrong.*2 of 3 rows are done"):  # one before, one now
+        run(tmp_path, plan(tmp_path, "a", "b", "c"), ends(kind, 1))
+    assert run(tmp_path, plan(tmp_path, "a", "b", "c")).made == 1
+
+
+def test_a_refused_row_leaves_a_run_incomplete(tmp_path: Path) -> None:
+    report = run(tmp_path, plan(tmp_path, "a", ""))
+    assert (report.made, report.failed, report.complete) == (1, 0, False)
+    assert str(report) == "1 made, 0 done before, 0 repeats, 1 failed (see failures.jsonl)"
+
+
+def test_a_row_tells_how_often_it_was_tried(tmp_path: Path) -> None:
+    run(tmp_path, plan(tmp_path, "a"), lambda items, job: (replace(made(item), attempts=3) for item in items))
+    assert [row["attempts"] for row in results(tmp_path)] == [3]
 
 
 def test_a_model_that_cannot_be_loaded_stops_the_run(tmp_path: Path) -> None:
@@ -215,6 +228,20 @@ def test_a_process_that_dies_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("forked")
+def test_no_process_is_started_that_has_nothing_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[None] = []
+
+    class Counted(processes.Member):
+        def __init__(self, makers: Sequence[Callable]) -> None:
+            started.append(None)
+            super().__init__(makers)
+
+    monkeypatch.setattr(processes, "Member", Counted)
+    [outcome] = run_processes(plan(tmp_path, "die").pending, replace(JOB, retries=0), ["cpu"] * 3)
+    assert (outcome.kind, len(started)) == ("failed", 1)
+
+
+@pytest.mark.usefixtures("forked")
 def test_processes_without_a_model_stop_the_run(tmp_path: Path) -> None:
     job = replace(JOB, model="missing")
     with pytest.raises(ValueError, match=r"^model: 'missing'; valid: another one$"):
@@ -251,6 +278,9 @@ def test_gpus_that_are_left_over_are_told(gpus: int, told: str, monkeypatch: pyt
     assert engine.func is run_groups
     assert engine.keywords == {"groups": [["cuda:0", "cuda:1"], ["cuda:2", "cuda:3"]]}
     assert capsys.readouterr().err == told
+    # Who asks for fewer workers knows that GPUs are left over.
+    assert choose_engine("local", "auto", 1, None, 2).keywords == {"groups": [["cuda:0", "cuda:1"]]}
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

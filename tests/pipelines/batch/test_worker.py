@@ -1,17 +1,21 @@
 """One row: what it makes, how it fails, and that neither leaves anything to the next one."""
 
 import errno
+import io
 import pickle
+import struct
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sparse_dit.pipelines.batch import worker as module
 from sparse_dit.pipelines.batch.identity import model_identity
@@ -78,8 +82,10 @@ def failing(*errors: Exception) -> Callable[..., Any]:
 
 def test_memory_that_is_short_ends_a_row_only(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "generate", failing(torch.OutOfMemoryError("CUDA out of memory. Tried …")))
+    freed: list[None] = []
+    monkeypatch.setattr(module, "free_memory", lambda: freed.append(None))
     outcome = worker.run(ITEM)
-    assert (outcome.kind, outcome.attempts) == ("memory", 1)
+    assert (outcome.kind, outcome.attempts, len(freed)) == ("memory", 1, 1)
     assert worker.run(ITEM).kind == "done"
 
 
@@ -101,6 +107,49 @@ def test_what_may_pass_is_tried_again(worker: Worker, monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "generate", failing(*errors, RuntimeError("and\nagain")))
     outcome = worker.run(ITEM)
     assert (outcome.kind, outcome.attempts, outcome.problem) == ("failed", 3, "and again")
+
+
+def test_a_worker_takes_its_threads(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(module, "load_pipeline", lambda model, device: SimpleNamespace(set_progress_bar_config=dict))
+    Worker(job, "cpu")
+    Worker(replace(job, threads=3), "cpu")
+    assert taken == [3]
+
+
+def test_a_torn_video_is_no_video(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "write_video", lambda frames, file, fps: file.write_bytes(b"RIFF\x64\x00\x00\x00WEBP"))
+    outcome = worker.run(ITEM)
+    assert (outcome.kind, outcome.video) == ("disk", b"")
+    assert "torn .webp file of 12 bytes" in outcome.problem
+
+
+def test_what_a_row_leaves_to_the_model_is_told(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "generate", lambda pipe, request: np.zeros((5, 32, 32, 3), np.float32))
+    measured = worker.run(replace(ITEM, request=replace(REQUEST, steps=None))).measured
+    assert measured["steps"] == 50  # of Wan's pipeline
+
+
+def test_pauses_double_up_to_the_longest(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(module, "free_memory", lambda: None)
+    monkeypatch.setattr(worker, "job", replace(worker.job, pause=20.0, retries=4))
+    monkeypatch.setattr(module, "generate", failing(*[RuntimeError("busy")] * 5))
+    assert worker.run(ITEM).kind == "failed"
+    assert pauses == [20.0, 40.0, 60.0, 60.0]
+
+
+def test_a_video_has_the_frames_a_second_of_its_job(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "job", replace(worker.job, fps=5))
+    with Image.open(io.BytesIO(worker.run(ITEM).video)) as video:
+        durations = []
+        for frame in range(video.n_frames):
+            video.seek(frame)
+            video.load()
+            durations.append(video.info["duration"])
+    assert durations == [200] * 5  # milliseconds
 
 
 def test_a_failed_row_holds_no_memory(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +208,15 @@ def test_every_torn_video_is_found(suffix: str, tmp_path: Path) -> None:
             check_whole(video[:length], suffix)
     with pytest.raises(OSError, match="torn"):
         check_whole(bytes(len(video)), suffix)
+
+
+def test_an_mp4_may_have_boxes_with_lengths_of_64_bits() -> None:
+    large = struct.pack(">I4sQ", 1, b"mdat", 20) + bytes(4)
+    index = struct.pack(">I4s", 8, b"moov")
+    check_whole(index + large, ".mp4")
+    for torn in (index + large[:-1], large, index):
+        with pytest.raises(OSError, match="torn"):
+            check_whole(torn, ".mp4")
 
 
 def test_jobs_are_checked() -> None:

@@ -3,8 +3,10 @@
 import inspect
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
+import diffusers
 import diffusers.models.transformers
 import pytest
 import torch
@@ -318,6 +320,14 @@ def test_a_transformer_of_your_own_is_one_more_row(monkeypatch: pytest.MonkeyPat
     assert explain(model, SPARSE, num_frames=3, height=9, width=7).text_before == 77
 
 
+def test_a_row_of_your_own_takes_the_place_of_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES))
+    own = replace(FAMILIES["WanTransformer3DModel"], layers=("blocks.*.attn3",))
+    families.add_family(own)
+    assert families.FAMILIES["WanTransformer3DModel"] is own
+    assert list(families.FAMILIES) == list(FAMILIES)
+
+
 def test_a_subclass_belongs_to_the_family_of_its_base() -> None:
     base = diffusers.models.transformers.WanTransformer3DModel
 
@@ -364,6 +374,8 @@ def test_the_table_in_plain_values() -> None:
         "timestep": ["timestep", 1.0, 0.0],
         "dense": "",
     }
+    masks = {name: rows[name]["mask"] for name in ("CogView4Transformer2DModel", "WanTransformer3DModel")}
+    assert masks == {"CogView4Transformer2DModel": "removed", "WanTransformer3DModel": "dense"}
     assert rows["LatteTransformer3DModel"]["dense"].startswith("it attends within a frame")
     assert all(row["layers"] or row["dense"] for row in rows.values())
     # Pictures that are edited or drawn as one frame of a video are pictures.

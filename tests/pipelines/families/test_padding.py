@@ -94,8 +94,11 @@ def test_samples_with_texts_of_different_lengths(name: str, build_model: Callabl
     assert torch.equal(model.forward(), stock)
 
 
-def test_samples_keep_what_is_theirs(build_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_model("MochiTransformer3DModel")
+@pytest.mark.parametrize("name", ["MochiTransformer3DModel", "HunyuanVideoTransformer3DModel"])
+def test_samples_keep_what_is_theirs(
+    name: str, build_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model(name)
     pair(model)
     seen: list[tuple[str, int]] = []
     stock = Layer.call
@@ -110,6 +113,44 @@ def test_samples_keep_what_is_theirs(build_model: Callable[..., Any], monkeypatc
     with model.transformer.cache_context("cond_uncond"):
         model.forward()
     assert seen == [("cond_uncond[0]", 9), ("cond_uncond[1]", 5)] * model.tiny.layers
+
+
+def test_samples_of_one_length_are_still_called_one_by_one(build_model: Callable[..., Any]) -> None:
+    model = build_model("MochiTransformer3DModel")
+    pair(model)
+    model.arguments["encoder_attention_mask"][1] = model.arguments["encoder_attention_mask"][0]
+    enable(model.transformer, SPARSE, strict=True)
+    model.forward()
+    assert summary(model.transformer).sparse == 2 * model.tiny.layers
+
+
+def test_a_refusal_holds_for_its_own_forward(build_model: Callable[..., Any]) -> None:
+    model = build_model("QwenImageTransformer2DModel")
+    enable(model.transformer, SPARSE, strict=True)
+    whole = model.arguments["encoder_hidden_states_mask"].clone()
+    holes(model)
+    model.forward()
+    model.forward(encoder_hidden_states_mask=whole)
+    counts = summary(model.transformer)
+    assert (counts.dense, counts.sparse) == ({"mask_with_holes": model.tiny.layers}, model.tiny.layers)
+
+
+def test_padding_comes_back_as_zeros(build_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("HunyuanVideoTransformer3DModel")
+    pair(model)
+    stock, padding = Layer.attend_read, []
+
+    def spy(self: Layer, *args: Any, **options: Any) -> torch.Tensor:
+        out = stock(self, *args, **options)
+        tokens = out if options["axes"] == "b s h d" else out.transpose(1, 2)
+        padding.extend(sample[found.layout.length :] for sample, found in zip(tokens, self.tokens.samples, strict=True))
+        return out
+
+    monkeypatch.setattr(Layer, "attend_read", spy)
+    enable(model.transformer, SPARSE, strict=True)
+    model.forward()
+    assert [len(part) for part in padding] == [3, 7] * model.tiny.layers
+    assert not any(part.any() for part in padding)
 
 
 def holes(model: Any) -> None:
