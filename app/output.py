@@ -15,6 +15,11 @@ def warn(line: str) -> str:
     return line
 
 
+def only_dense(sparse: int, dense: Mapping[str, int]) -> bool:
+    """Whether a recipe that is not dense itself made no call sparse; arguments as `warn_if_dense`."""
+    return not sparse and bool(dense.keys() - {"recipe"})
+
+
 def warn_if_dense(sparse: int, dense: Mapping[str, int]) -> None:
     """Warns where a recipe that is not dense itself made no call sparse: then dense was compared with dense.
 
@@ -22,7 +27,7 @@ def warn_if_dense(sparse: int, dense: Mapping[str, int]) -> None:
         sparse: calls that ran sparse.
         dense: the other calls by reason, as in a summary.
     """
-    if sparse or not dense.keys() - {"recipe"}:
+    if not only_dense(sparse, dense):
         return
     told = ", ".join(f"{count} {reason}" for reason, count in dense.items())
     hint = "; have fewer of --recipe.schedule.dense_steps than steps" if "dense_steps" in dense else ""

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sparse_dit.app.demo.actions import Finished, Pixels, frame_of
 from sparse_dit.app.demo.inside import Table, Tokens
+from sparse_dit.app.output import only_dense
 from sparse_dit.eval.mask_pictures import RING, enlarged, mask_picture, ring
 from sparse_dit.eval.results import Row
 from sparse_dit.eval.side_by_side import difference_gain
@@ -117,7 +118,7 @@ def numbers_html(record: Row) -> str:
     note = f"{calls['sparse']} of {calls['made']} attention calls sparse{', ' + dense_calls if dense_calls else ''}; "
     note += f"{record['backend']} kernel on {record['device']['name']}, {record['device']['dtype']}; "
     note += " x ".join(map(str, record["grid"])) + f" tokens, seed {record['seed']}, {record['steps']} steps"
-    if not calls["sparse"] and calls["dense"].keys() - {"recipe"}:
+    if only_dense(calls["sparse"], calls["dense"]):
         hint = ": have fewer dense steps than steps" if "dense_steps" in calls["dense"] else ""
         note = f"Every call was dense{hint}. {note}"
     if unknown := _unknown_words(record):

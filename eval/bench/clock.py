@@ -1,10 +1,12 @@
 """Times of calls, by GPU events or by the processor's clock."""
 
+import gc
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +17,7 @@ Call = Callable[[int], object]
 
 _COPIED = 2**30  # bytes; far more than any L2 cache
 _TURNS_MS = 600.0  # spent in calls that are timed in turn
+_QUEUED = 16  # of them at most before the GPU is waited for
 _LEAD_MS = 20.0  # of copies queued at most, so that the GPU never waits for the host
 
 
@@ -24,6 +27,27 @@ class Timing:
 
     ms: float
     runs: int
+
+
+@contextmanager
+def garbage_waits() -> Iterator[None]:
+    """Inside, garbage is not collected: the one that is timed at that moment would pay for it."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _turns(calls: int, rounds: int) -> Iterator[tuple[int, int]]:
+    """Round and number of each call, once a round, in an order drawn anew."""
+    draw = random.Random(0)
+    for run in range(rounds):
+        for number in draw.sample(range(calls), calls):
+            yield run, number
 
 
 class Clock(Protocol):
@@ -96,16 +120,14 @@ class CudaClock:
         """See `Clock.in_turn`: 20 to 100 rounds."""
         once = sum(max(statistics.median(self._times(call, 3)), 1e-3) for call in calls)
         rounds = min(100, max(20, math.ceil(_TURNS_MS / once)))
-        draw = random.Random(0)
         events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
-        for run in range(rounds):
-            for number in draw.sample(range(len(calls)), len(calls)):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                calls[number](run)
-                end.record()
-                events[number].append((start, end))
-            if run % 8 == 7:  # the queue of launches must not fill up
+        for place, (run, number) in enumerate(_turns(len(calls), rounds)):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            calls[number](run)
+            end.record()
+            events[number].append((start, end))
+            if place % _QUEUED == _QUEUED - 1:  # the queue of launches must not fill up
                 torch.cuda.synchronize(self.device)
         torch.cuda.synchronize(self.device)
         return [statistics.median(start.elapsed_time(end) for start, end in of_call) for of_call in events]
@@ -163,12 +185,11 @@ class HostClock:
 
     def in_turn(self, calls: Sequence[Call]) -> list[float]:
         """See `Clock.in_turn`: as many rounds as runs."""
-        draw, times = random.Random(0), [list[float]() for _ in calls]
-        for run in range(self.runs):
-            for number in draw.sample(range(len(calls)), len(calls)):
-                start = time.perf_counter()
-                calls[number](run)
-                times[number].append((time.perf_counter() - start) * 1e3)
+        times = [list[float]() for _ in calls]
+        for run, number in _turns(len(calls), self.runs):
+            start = time.perf_counter()
+            calls[number](run)
+            times[number].append((time.perf_counter() - start) * 1e3)
         return [statistics.median(of_call) for of_call in times]
 
     def copy_rate(self) -> float:

@@ -7,7 +7,6 @@ kernels of both sides are replaced by ones that return at once, and what is left
 """
 
 import argparse
-import gc
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from sparse_dit.engine import Run
+from sparse_dit.eval.bench.clock import garbage_waits
 from sparse_dit.eval.results import append_row, command_line, device_of, provenance, to_json
 from sparse_dit.kernels import host
 from sparse_dit.layout import TokenLayout
@@ -106,17 +106,15 @@ def microseconds(recipes: Sequence[Mapping[str, Any] | str | None], x: torch.Ten
     with torch.no_grad():
         calls = [_made(recipe, x) for recipe in recipes]
         times: list[list[float]] = [[] for _ in calls]
-        gc.collect()
-        gc.disable()  # it would meet whom it meets
-        for _ in range(BATCHES):
-            for call, spent in zip(calls, times, strict=True):
-                if x.is_cuda:
-                    torch.cuda.synchronize()
-                start = clock()
-                for _ in range(CALLS):
-                    call(x)
-                spent.append((clock() - start) / CALLS * 1e6)
-        gc.enable()
+        with garbage_waits():
+            for _ in range(BATCHES):
+                for call, spent in zip(calls, times, strict=True):
+                    if x.is_cuda:
+                        torch.cuda.synchronize()
+                    start = clock()
+                    for _ in range(CALLS):
+                        call(x)
+                    spent.append((clock() - start) / CALLS * 1e6)
     return [statistics.median(spent[1:]) for spent in times]
 
 

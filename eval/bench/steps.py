@@ -1,6 +1,5 @@
 """A model on a device, and what one denoising step of it takes."""
 
-import gc
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_dit.eval.bench.architectures import Architecture, build, few, first_layers, layout_of
+from sparse_dit.eval.bench.clock import garbage_waits
 from sparse_dit.eval.bench.yardsticks import dense_kernel
 from sparse_dit.forecast import forecast
 from sparse_dit.pipelines.families import family_of
@@ -231,13 +231,9 @@ def _timed(modules: Iterable[torch.nn.Module], spent: list[float]) -> Iterator[N
     for module in modules:
         hooks.append(module.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter())))
         hooks.append(module.register_forward_hook(lambda *_: spent.append((time.perf_counter() - begun.pop()) * 1e6)))
-    collects = gc.isenabled()
-    gc.collect()
-    gc.disable()
     try:
-        yield
+        with garbage_waits():
+            yield
     finally:
-        if collects:
-            gc.enable()
         for hook in hooks:
             hook.remove()
