@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparse_dit.kernels.copies_hopper import produce, seen_as, tma_load
+from sparse_dit.kernels.copies_hopper import next_stage, produce, release, seen_as, tma_load
 from sparse_dit.kernels.quantize import GROUP
 from sparse_dit.kernels.softmax_hopper import (
     add_sums,
@@ -92,40 +92,44 @@ def _weigh(b_p, b_v, stage, b_acc, PARTS: gl.constexpr, V_LAYOUT: gl.constexpr, 
 
 
 @gluon.jit
-def _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, zero, wg: gl.constexpr, PARTS: gl.constexpr):
-    """Starts the products of a tile, q k^T of its own and p v of the one before; returns q k^T, and p v on its way."""
+def _start_tile(
+    i_tile, place, former, tiles, rings, turns, b_q, b_p, b_acc, zero, wg: gl.constexpr, PARTS: gl.constexpr
+):
+    """Starts the products of a tile, q k^T of its own and p v of the one before; returns q k^T, and p v on its way.
+
+    Their stages and phases are `place` and `former`.
+    """
     _, b_k, b_v, b_out, _ = tiles
     _, _, k_empty, v_full, _ = rings
-    STAGES: gl.constexpr = b_k.shape[0]
     QUANTIZED: gl.constexpr = b_k.dtype.primitive_bitwidth == 8
     VALUE_PRODUCTS: gl.constexpr = PARTS if b_v.dtype.primitive_bitwidth == 8 else 1
     v_layout: gl.constexpr = b_out.layout
     dtype: gl.constexpr = b_out.dtype
-    stage = i_tile % STAGES
-    before = (i_tile - 1) % STAGES
+    stage, _ = place
+    before, phase = former
     if not QUANTIZED:
         mbarrier.wait(turns.index(wg), (i_tile - 1) & 1)
     b_s = _scores(b_q, b_k, stage, b_q.shape[1], zero)
-    mbarrier.wait(v_full.index(before), ((i_tile - 1) // STAGES) & 1)
+    mbarrier.wait(v_full.index(before), phase)
     b_p = gl.convert_layout(b_p.reshape([64, zero.shape[1]]), zero.type.layout, assert_trivial=True)
     b_acc = _weigh(b_p, b_v, before, b_acc, PARTS, v_layout, dtype)
     if not QUANTIZED:
-        mbarrier.arrive(turns.index(1 - wg), count=1)
+        release(turns.index(1 - wg))
     b_s = warpgroup_mma_wait(VALUE_PRODUCTS, deps=[b_s])
-    mbarrier.arrive(k_empty.index(stage), count=1)
+    release(k_empty.index(stage))
     return b_s, b_acc
 
 
 @gluon.jit
-def _end_tile(i_tile, total, rings, b_acc, b_decay, STAGES: gl.constexpr):
-    """Waits for the keys of the next tile and for p v of the one before, and returns it decayed."""
+def _end_tile(i_tile, total, former, following, rings, b_acc, b_decay):
+    """Waits for the keys of the following tile and for p v of the former one, and returns it decayed."""
     _, k_full, _, _, v_empty = rings
     # Waiting for the next keys before the value product keeps the assembler from moving that wait up in front of
     # the softmax, which would then overlap with nothing.
-    after = i_tile + 1
-    mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=after < total)
+    stage, phase = following
+    mbarrier.wait(k_full.index(stage), phase, pred=i_tile + 1 < total)
     b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-    mbarrier.arrive(v_empty.index((i_tile - 1) % STAGES), count=1)
+    release(v_empty.index(former[0]))
     return b_acc * gl.convert_layout(gl.expand_dims(b_decay, 1), b_acc.type.layout)
 
 
@@ -194,8 +198,11 @@ def _attend(
     else:
         b_p, b_max, b_decay, b_sum = softmax(b_first, b_max, scale)
     mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=total > 1)
+    former = 0, 0
+    place = next_stage(former, STAGES)
     for i_tile in range(1, count):
-        b_s, b_acc = _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
+        following = next_stage(place, STAGES)
+        b_s, b_acc = _start_tile(i_tile, place, former, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
         if QUANTIZED:
             b_s = b_s.reshape([64, PARTS, TILE_K // PARTS])
             b_p, b_max, b_decay, b_sums = softmax_of_parts(b_s, b_max, b_factor, b_lift)
@@ -206,7 +213,8 @@ def _attend(
         else:
             b_p, b_max, b_decay, b_sums = softmax(b_s, b_max, scale)
         b_sum = add_sums(b_sum, b_decay, b_sums)
-        b_acc = _end_tile(i_tile, total, rings, b_acc, b_decay, STAGES)
+        b_acc = _end_tile(i_tile, total, former, following, rings, b_acc, b_decay)
+        former, place = place, following
         if FP8:  # noqa: SIM102 - a constant by itself: without it the rest is not compiled
             if i_tile % SUMMED_TILES == 0:
                 b_acc = add_total(b_total, b_acc, b_total_max, b_max)
@@ -217,14 +225,16 @@ def _attend(
         b_p = b_p.to(dtype)
         b_starts = seen_as(b_biases, gl.float32, [STAGES, TILE_K], b_biases.layout)
         for i_tile in range(count, total):
-            b_bias = b_starts.index(i_tile % STAGES).load(gl.SliceLayout(0, s_layout))
-            b_s, b_acc = _start_tile(i_tile, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
+            following = next_stage(place, STAGES)
+            b_bias = b_starts.index(place[0]).load(gl.SliceLayout(0, s_layout))
+            b_s, b_acc = _start_tile(i_tile, place, former, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
             b_p, b_max, b_decay, b_sums = softmax(b_s + gl.expand_dims(b_bias, 0), b_max, scale)
             b_p = b_p.to(dtype)
             b_sum = add_sums(b_sum, b_decay, b_sums)
-            b_acc = _end_tile(i_tile, total, rings, b_acc, b_decay, STAGES)
-    last = (total - 1) % STAGES
-    mbarrier.wait(v_full.index(last), ((total - 1) // STAGES) & 1)
+            b_acc = _end_tile(i_tile, total, former, following, rings, b_acc, b_decay)
+            former, place = place, following
+    last, phase = former
+    mbarrier.wait(v_full.index(last), phase)
     b_p = gl.convert_layout(b_p.reshape([64, TILE_K]), s_layout, assert_trivial=True)
     b_acc = warpgroup_mma_wait(0, deps=[_weigh(b_p, b_v, last, b_acc, PARTS, v_layout, dtype)])
 

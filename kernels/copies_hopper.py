@@ -1,4 +1,4 @@
-"""Gluon: the producer of the Hopper kernel, which copies tiles of K and V into a ring of shared memory.
+"""Gluon: the ring of shared memory of the Hopper kernel, and its producer, which copies tiles of K and V into it.
 
 Names as in `attention_hopper`.
 """
@@ -19,6 +19,24 @@ def seen_as(memory, dtype, shape, layout, _semantic=None):
     """The same bytes of shared memory in another shape."""
     dtype, layout = (getattr(value, "value", value) for value in (dtype, layout))
     return _semantic.memdesc_reinterpret(memory, dtype, [getattr(size, "value", size) for size in shape], layout)
+
+
+@gluon.jit
+def release(barrier):
+    """Arrives at a barrier of shared memory once all warps of the consumer are here.
+
+    `mbarrier.arrive` does too, but the compiler then has the warps wait for one another once more behind it.
+    """
+    thread_barrier()
+    mbarrier.expect(barrier, 0)
+
+
+@gluon.jit
+def next_stage(place, STAGES: gl.constexpr):
+    """The stage behind a stage, and its phase. Counted: i % 3 and i // 3 take ten instructions in a row."""
+    stage, phase = place
+    is_last = stage == STAGES - 1
+    return gl.where(is_last, 0, stage + 1), gl.where(is_last, phase ^ 1, phase)
 
 
 @gluon.jit

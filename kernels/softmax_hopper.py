@@ -28,7 +28,7 @@ def softmax_of_parts(b_s, b_max, b_factor, b_lift):
 
     The maximum is taken of the integers: their conversion then hides behind the exponentials.
     """
-    b_new_max = gl.maximum(b_max, gl.max(gl.max(b_s, 2).to(gl.float32) * b_factor, 1))  # [64]
+    b_new_max = gl.maximum(b_max, gl.max(_max_of_parts(b_s).to(gl.float32) * b_factor, 1))  # [64]
     b_zero = gl.expand_dims(b_new_max, 1) - gl.expand_dims(b_lift, 0)  # [64, parts]
     b_p = gl.exp2(b_s.to(gl.float32) * gl.expand_dims(b_factor, 2) - gl.expand_dims(b_zero, 2))
     b_sums = _thread_sums(b_p)
@@ -36,6 +36,16 @@ def softmax_of_parts(b_s, b_max, b_factor, b_lift):
     b_drop = gl.exp2(-gl.convert_layout(b_lift, lift_layout))  # [parts]
     b_sums *= gl.expand_dims(gl.expand_dims(b_drop, 0), 2)
     return b_p, b_new_max, gl.exp2(b_max - b_new_max), gl.sum(b_sums, 1)
+
+
+@gluon.jit
+def _max_of_parts(b_s):
+    """Maxima of integers [64, parts, keys] over keys, [64, parts].
+
+    Threads take those of all their rows before they exchange any: else each row would wait for the one before.
+    """
+    b_max = gl.max(gl.max(b_s.reshape([64, b_s.shape[1], b_s.shape[2] // 8, 4, 2]), 2), 3)
+    return gl.convert_layout(gl.max(b_max, 2), gl.SliceLayout(2, b_s.type.layout), assert_trivial=True)
 
 
 @gluon.jit
