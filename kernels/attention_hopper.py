@@ -97,10 +97,10 @@ def _start_tile(
 ):
     """Starts the products of a tile, q k^T of its own and p v of the one before; returns q k^T, and p v on its way.
 
-    Their stages and phases are `place` and `former`.
+    Their stages and phases are `place` and `former`. The keys are read then, but their stage is not let go.
     """
     _, b_k, b_v, b_out, _ = tiles
-    _, _, k_empty, v_full, _ = rings
+    _, _, _, v_full, _ = rings
     QUANTIZED: gl.constexpr = b_k.dtype.primitive_bitwidth == 8
     VALUE_PRODUCTS: gl.constexpr = PARTS if b_v.dtype.primitive_bitwidth == 8 else 1
     v_layout: gl.constexpr = b_out.layout
@@ -115,9 +115,7 @@ def _start_tile(
     b_acc = _weigh(b_p, b_v, before, b_acc, PARTS, v_layout, dtype)
     if not QUANTIZED:
         release(turns.index(1 - wg))
-    b_s = warpgroup_mma_wait(VALUE_PRODUCTS, deps=[b_s])
-    release(k_empty.index(stage))
-    return b_s, b_acc
+    return warpgroup_mma_wait(VALUE_PRODUCTS, deps=[b_s]), b_acc
 
 
 @gluon.jit
@@ -140,7 +138,8 @@ def _attend(
 ):  # fmt: skip
     """A consumer: 64 queries over all tiles of the list, the last tile first, the only one that needs a mask.
 
-    Then, where blocks are skipped, over the tiles of all means, whose scores `b_biases` are added to.
+    Then, where blocks are skipped, over the tiles of all means, whose scores `b_biases` are added to: in the same loop,
+    for beside a second one the first is slower, even where its machine code stays the same.
     """
     b_queries, b_k, b_v, b_out, b_totals = tiles
     q_full, k_full, k_empty, v_full, _ = rings
@@ -198,11 +197,17 @@ def _attend(
     else:
         b_p, b_max, b_decay, b_sum = softmax(b_first, b_max, scale)
     mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=total > 1)
+    if SUMMARY:
+        b_starts = seen_as(b_biases, gl.float32, [STAGES + 1, TILE_K], b_biases.layout)
     former = 0, 0
     place = next_stage(former, STAGES)
-    for i_tile in range(1, count):
+    for i_tile in range(1, total):
         following = next_stage(place, STAGES)
         b_s, b_acc = _start_tile(i_tile, place, former, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
+        if SUMMARY:  # noqa: SIM102 - a constant by itself: without it the rest is not compiled
+            if i_tile >= count:
+                b_s += gl.expand_dims(b_starts.index(i_tile % (STAGES + 1)).load(gl.SliceLayout(0, s_layout)), 0)
+        release(k_empty.index(place[0]))  # the producer goes by it for `b_biases`, too
         if QUANTIZED:
             b_s = b_s.reshape([64, PARTS, TILE_K // PARTS])
             b_p, b_max, b_decay, b_sums = softmax_of_parts(b_s, b_max, b_factor, b_lift)
@@ -221,18 +226,6 @@ def _attend(
                 keep_total(b_total, b_acc)
                 b_total_max = b_max
                 b_acc = gl.zeros([64, D], gl.float32, acc_layout)
-    if SUMMARY:
-        b_p = b_p.to(dtype)
-        b_starts = seen_as(b_biases, gl.float32, [STAGES, TILE_K], b_biases.layout)
-        for i_tile in range(count, total):
-            following = next_stage(place, STAGES)
-            b_bias = b_starts.index(place[0]).load(gl.SliceLayout(0, s_layout))
-            b_s, b_acc = _start_tile(i_tile, place, former, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
-            b_p, b_max, b_decay, b_sums = softmax(b_s + gl.expand_dims(b_bias, 0), b_max, scale)
-            b_p = b_p.to(dtype)
-            b_sum = add_sums(b_sum, b_decay, b_sums)
-            b_acc = _end_tile(i_tile, total, former, following, rings, b_acc, b_decay)
-            former, place = place, following
     last, phase = former
     mbarrier.wait(v_full.index(last), phase)
     b_p = gl.convert_layout(b_p.reshape([64, TILE_K]), s_layout, assert_trivial=True)
@@ -356,9 +349,9 @@ def hopper_forward_kernel(
     else:
         b_totals = b_out
         b_v = gl.allocate_shared_memory(d_v.dtype, [STAGES, 1, 1, TILE_K, D], d_v.layout)
-    if SUMMARY:
+    if SUMMARY:  # one tile more than stages: a tile's are written while all stages are still read
         plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        b_biases = gl.allocate_shared_memory(gl.float32, [STAGES * TILE_K // 32, 32], plain)
+        b_biases = gl.allocate_shared_memory(gl.float32, [(STAGES + 1) * TILE_K // 32, 32], plain)
     else:
         b_biases = b_totals
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())

@@ -140,7 +140,6 @@ def _load_tile_of_means(i_mean, i_tile, place, o_lane, words, given):
     BYTES: gl.constexpr = TILE_K * b_k.shape[4] * b_k.dtype.primitive_bitwidth // 8
     stage = i_tile % STAGES
     phase = (i_tile // STAGES) & 1
-    mbarrier.wait(k_empty.index(stage), phase ^ 1)
     for word in range(words):
         first = i_mean * TILE_K + word * 32
         b_entry = gl.load(p_indices + (place + o_lane) * i_index, mask=place + o_lane < blocks, other=1 << 30)
@@ -149,8 +148,10 @@ def _load_tile_of_means(i_mean, i_tile, place, o_lane, words, given):
         place += gl.sum(m_here.to(gl.int32), 0)
         m_skipped = (((listed >> o_lane) & 1) == 0) & (first + o_lane < key_blocks)
         b_bias = gl.where(first + o_lane == key_blocks - 1, log_last, log_whole)
-        b_biases.index(stage * (TILE_K // 32) + word).store(gl.where(m_skipped, b_bias, -float("inf")))
+        # The last tile that had this place let its keys go: the tile before this one has waited for that.
+        b_biases.index(i_tile % (STAGES + 1) * (TILE_K // 32) + word).store(gl.where(m_skipped, b_bias, -float("inf")))
     thread_barrier()
+    mbarrier.wait(k_empty.index(stage), phase ^ 1)
     mbarrier.expect(k_full.index(stage), BYTES)
     copy_block(d_keys, i_b, i_h, i_mean * TILE_K, k_full.index(stage), b_k.index(stage), 0)
     mbarrier.wait(v_empty.index(stage), phase ^ 1)

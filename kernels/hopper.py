@@ -18,7 +18,7 @@ from sparse_dit.kernels.quantize import GROUP, LOG2_E, Quantized
 
 _PANEL = 64  # columns of 16 bits that one TMA box takes: 128 bytes, the widest swizzle
 _TILE = 128  # keys, or means, of a stage
-MEANS_PROGRAMS = 66  # that read k and v for their means, a multiprocessor each
+MEANS_PROGRAMS = 44  # that read k and v for their means, a multiprocessor each
 _described: dict[tuple[Any, ...], dict[str, Any]] = {}  # fields of descriptors but the tensor, by what they follow from
 
 

@@ -1,8 +1,9 @@
 """Gluon: means of key and value blocks on sm_90, for the Hopper kernel to attend to.
 
-The matrix unit sums the tokens of a tile, a product with ones, so that half of the multiprocessors reads at the rate of
-the memory and there are no more programs than that. The attention kernel, launched right behind as a dependent, starts
-on the other multiprocessors at once and waits for the means when it gets to them. Names as in `attention_hopper`.
+The matrix unit sums the tokens of a tile, a product with ones, and three warpgroups of a program take tiles at the same
+time, so that a third of the multiprocessors reads at the rate of the memory and there are no more programs than that.
+The attention kernel, launched right behind as a dependent, starts on the other multiprocessors at once and waits for
+the means when it gets to them. Names as in `attention_hopper`.
 """
 
 from triton.experimental import gluon
@@ -53,27 +54,21 @@ def _store_means(b_sum, p_means, first, seq, HEAD_SIZE: gl.constexpr, TILE: gl.c
 
 
 @gluon.jit
-def hopper_means_kernel(d_k, d_v, p_keys, p_values, batch_heads, heads, seq, HEAD_SIZE: gl.constexpr, D: gl.constexpr):
-    """mean_j = sum_i x_i / n, i over the n tokens of block j of k or of v; means lie [B, H, blocks, head size].
-
-    A program takes tiles in a row, of all heads of k and then of v.
-    """
+def _take_means(
+    worker: gl.constexpr, d_k, d_v, p_means, rings, fulls, batch_heads, heads, seq, HEAD_SIZE: gl.constexpr
+):
+    """A warpgroup: tiles in a row, of all heads of k and then of v, through a ring of its own."""
+    p_keys, p_values = p_means
+    b_ring, full = rings[worker], fulls[worker]
     BLOCK_K: gl.constexpr = d_k.block_shape[2]
-    TILE: gl.constexpr = 16384 // D  # tokens of a stage of 32 KB
-    STAGES: gl.constexpr = 6
+    STAGES: gl.constexpr = b_ring.shape[0]
+    TILE: gl.constexpr = b_ring.shape[3]
+    D: gl.constexpr = b_ring.shape[4]
     dtype: gl.constexpr = d_k.dtype
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1
-    )
     tiles = gl.cdiv(seq, TILE)
-    share = gl.cdiv(2 * batch_heads * tiles, gl.num_programs(0))
-    start = gl.program_id(0) * share
+    share = gl.cdiv(2 * batch_heads * tiles, gl.num_programs(0) * len(rings))
+    start = (gl.program_id(0) * len(rings) + worker) * share
     count = gl.minimum(2 * batch_heads * tiles - start, share)  # may be less than none
-    b_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, TILE, D], d_k.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-    fence_async_shared()
     ahead_bh, ahead_first = start // tiles, start % tiles * TILE
     for number in range(STAGES):
         if number < count:
@@ -95,14 +90,45 @@ def hopper_means_kernel(d_k, d_v, p_keys, p_values, batch_heads, heads, seq, HEA
         b_x = seen_as(b_ring.index(number % STAGES), dtype, [TILE, D], gl.NVMMASharedLayout(128, 16, 2))
         b_sum = warpgroup_mma(b_ones, b_x, b_zero, use_acc=False, is_async=True)
         if number > 0:
-            p_means = p_keys
+            p_rows = p_keys
             if i_bh >= batch_heads:
-                p_means = p_values
-            p_means += (i_bh % batch_heads).to(gl.int64) * blocks * HEAD_SIZE
-            _store_means(b_before, p_means, first, seq, HEAD_SIZE, TILE, BLOCK_K)
+                p_rows = p_values
+            p_rows += (i_bh % batch_heads).to(gl.int64) * blocks * HEAD_SIZE
+            _store_means(b_before, p_rows, first, seq, HEAD_SIZE, TILE, BLOCK_K)
             i_bh, first = _after(i_bh, first, seq, TILE)
         b_before = warpgroup_mma_wait(0, deps=[b_sum])
         thread_barrier()  # the stage is read
         if number + STAGES < count:
             _load_tile(d_k, d_v, b_ring, full, number + STAGES, ahead_bh, ahead_first, batch_heads, heads)
             ahead_bh, ahead_first = _after(ahead_bh, ahead_first, seq, TILE)
+
+
+@gluon.jit
+def hopper_means_kernel(d_k, d_v, p_keys, p_values, batch_heads, heads, seq, HEAD_SIZE: gl.constexpr, D: gl.constexpr):
+    """mean_j = sum_i x_i / n, i over the n tokens of block j of k or of v; means lie [B, H, blocks, head size]."""
+    TILE: gl.constexpr = 16384 // D  # tokens of a stage of 32 KB
+    STAGES: gl.constexpr = 2
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1
+    )
+    b_0 = gl.allocate_shared_memory(d_k.dtype, [STAGES, 1, 1, TILE, D], d_k.layout)
+    b_1 = gl.allocate_shared_memory(d_k.dtype, [STAGES, 1, 1, TILE, D], d_k.layout)
+    b_2 = gl.allocate_shared_memory(d_k.dtype, [STAGES, 1, 1, TILE, D], d_k.layout)
+    full_0 = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full_1 = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full_2 = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full_0.index(stage), count=1)
+        mbarrier.init(full_1.index(stage), count=1)
+        mbarrier.init(full_2.index(stage), count=1)
+    fence_async_shared()
+    p_means, rings, fulls = (p_keys, p_values), (b_0, b_1, b_2), (full_0, full_1, full_2)
+    gl.warp_specialize(
+        [
+            (_take_means, (0, d_k, d_v, p_means, rings, fulls, batch_heads, heads, seq, HEAD_SIZE)),
+            (_take_means, (1, d_k, d_v, p_means, rings, fulls, batch_heads, heads, seq, HEAD_SIZE)),
+            (_take_means, (2, d_k, d_v, p_means, rings, fulls, batch_heads, heads, seq, HEAD_SIZE)),
+        ],
+        [4, 4],
+        [168, 168],
+    )
