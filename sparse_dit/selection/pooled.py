@@ -17,7 +17,7 @@ from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import PER, threshold_lists, top_k_lists, top_p_lists
 from sparse_dit.kernels.ordered import Ordered
 from sparse_dit.kernels.pool import block_similarity, token_means
-from sparse_dit.kernels.scores import REDUCTIONS, part_scores
+from sparse_dit.kernels.scores import REDUCTIONS, block_scores, part_scores
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Order
 from sparse_dit.selection.budgets import RICH_ABOVE, SPREADS, by_gain, by_recall
@@ -145,7 +145,7 @@ class Pooled(Dynamic):
             per_q, per_k = call.block_q // self.sub_block, call.block_k // self.sub_block
             scores = part_scores(q_parts, k_parts, per_q, per_k, scale=call.scale, reduction=self.reduction)
         else:
-            scores = call.scale * q_means @ k_means.mT
+            scores = block_scores(q_means, k_means, call.scale)
         if alike is not None and self.tau is None:
             # Not -inf: a softmax over nothing else would be NaN. All of those blocks are forced then.
             scores.masked_fill_(~alike, torch.finfo(scores.dtype).min)
@@ -157,9 +157,8 @@ class Pooled(Dynamic):
             return threshold_lists(scores, self.tau, forced=forced, **sizes)
         if self.top_p is not None:
             least = blocks_of_share(self.least, call.k_blocks)
-            probabilities = scores.softmax(dim=-1)
             return top_p_lists(
-                probabilities, self.top_p, crossing=self.crossing, forced=forced, at_least=least, **sizes
+                scores, self.top_p, crossing=self.crossing, forced=forced, at_least=least, softmax=True, **sizes
             )
         assert self.density is not None
         base = blocks_of_share(self.density, call.k_blocks)

@@ -20,7 +20,7 @@ from sparse_dit.kernels.mass_triton import triton_mass
 from sparse_dit.kernels.ordered_triton import triton_order_with_means
 from sparse_dit.kernels.pool_triton import triton_pool
 from sparse_dit.kernels.rows_triton import triton_band_errors, triton_closest_orders
-from sparse_dit.kernels.scores_triton import triton_part_means, triton_scores
+from sparse_dit.kernels.scores_triton import triton_block_scores, triton_part_means, triton_scores
 
 # precision, head size, keys a block, with an order, what becomes of skipped blocks
 CALLS = (
@@ -67,6 +67,7 @@ def choose() -> None:
         "means of parts": lambda: triton_part_means(q, 16, order),
         "means": lambda: triton_pool(k, 64, order, None, True),
         "scores": lambda: triton_scores(q, k, 8, 4, 0.125, "logsumexp"),
+        "scores of means": lambda: triton_block_scores(scores, scores, 0.125),
         "sampled rows": lambda: triton_band_errors(q, k, v, few, units, units, 7, 0.125),
         "closest orders": lambda: triton_closest_orders(torch.zeros(2, 1, HEADS, 5), order.expand(2, -1)),
         "count": lambda: triton_take_count(scores[0], 5, None),

@@ -14,6 +14,7 @@ CHOICES = {
     "means of parts": ["parts_kernel"],
     "means": ["pool_kernel"],
     "scores": ["scores_kernel"],
+    "scores of means": ["block_scores_kernel"],
     "sampled rows": ["rows_kernel", "rows_error_kernel"],
     "closest orders": ["closest_kernel"],
     "count": CUTOFF,

@@ -5,11 +5,12 @@ from pathlib import Path
 # What a call launches at a refresh; what is found once for a layout or a list is left out.
 HOPPER = {
     "balanced": ["order_means", "scores", "select", "density", "hopper_means", "hopper_forward"],
-    "draft": ["order_means", *["digit"] * 8, "ties", "taken", "select", "density", "hopper_forward"],
-    "jenga": ["order_means", "select", "density", "hopper_forward"],
+    "draft": ["order_means", "block_scores", *["digit"] * 8, "ties", "taken", "select", "density", "hopper_forward"],
+    "jenga": ["order_means", "block_scores", "select", "density", "hopper_forward"],
     "sparge": [
         "pool",
         "pool",
+        "block_scores",
         "select",
         "density",
         "sampled_means",
@@ -18,13 +19,14 @@ HOPPER = {
         "hopper_forward",
     ],
     "svg": ["rows", "rows_error", "closest", "order_means", "hopper_forward"],
-    "svg2": ["order_means", "select", "density", "hopper_forward"],
+    "svg2": ["order_means", "block_scores", "select", "density", "hopper_forward"],
     "radial": ["hopper_forward"],
 }
 ELSEWHERE = {
     "sol": [
         "pool",
         "pool",
+        "block_scores",
         "select",
         "density",
         "block_sparse_forward",
