@@ -129,14 +129,14 @@ class Pooled(Dynamic):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None, Ordered | None]:
         """Scores fp32 [B, H, QB, KB], the blocks that are forced so far, and what was brought into the order."""
-        forced, alike, ordered = call.forced, None, None
+        forced, unlike, ordered = call.forced, None, None
         if self.similarity is not None:
             smooth = token_means(k)
             keys = call.table if call.key_table is None else call.key_table
             q_means, q_alike = block_similarity(q, call.block_q, order=call.table)
             k_means, k_alike = block_similarity(k, call.block_k, order=keys, subtract=smooth)
-            alike = (k_alike > self.similarity)[..., None, :]
-            forced = _joined(forced, ~alike | ~(q_alike > self.similarity)[..., None])
+            unlike = (k_alike <= self.similarity)[..., None, :]
+            forced = _joined(forced, unlike | (q_alike <= self.similarity)[..., None])
         elif self.sub_block is None:
             q_means, k_means, ordered = call.means(q, k, v, (call.block_q, call.block_k))
         if self.sub_block is not None:
@@ -146,9 +146,9 @@ class Pooled(Dynamic):
             scores = part_scores(q_parts, k_parts, per_q, per_k, scale=call.scale, reduction=self.reduction)
         else:
             scores = block_scores(q_means, k_means, call.scale)
-        if alike is not None and self.tau is None:
+        if unlike is not None and self.tau is None:
             # Not -inf: a softmax over nothing else would be NaN. All of those blocks are forced then.
-            scores.masked_fill_(~alike, torch.finfo(scores.dtype).min)
+            scores.masked_fill_(unlike, torch.finfo(scores.dtype).min)
         return scores, forced, ordered
 
     def _lists(self, scores: torch.Tensor, forced: torch.Tensor | None, call: Call) -> BlockList:
