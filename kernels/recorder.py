@@ -31,7 +31,7 @@ VIEWS = frozenset((
 REPEATED = frozenset((
     aten._softmax.default, aten.aminmax.default, aten.bitwise_not.default, aten.bitwise_or.Tensor, aten.bmm.default,
     aten.clone.default, aten.fill_.Scalar, aten.full.default, aten.gt.Scalar, aten.index_copy_.default,
-    aten.index_select.default, aten.le.Scalar, aten.masked_fill_.Scalar, aten.mul.Tensor, aten.new_zeros.default,
+    aten.index_select.default, aten.masked_fill_.Scalar, aten.mul.Tensor, aten.new_zeros.default,
     aten.sum.dim_IntList, aten.zero_.default, aten.zeros.default,
 ))  # fmt: skip
 """Operators that a replay runs again. None waits for the GPU, or makes shapes of what tensors hold."""

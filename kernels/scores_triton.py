@@ -111,6 +111,32 @@ def block_scores_kernel(
 
 
 @triton.jit
+def unlike_kernel(
+    p_scores,
+    p_q_alike,
+    p_k_alike,
+    p_unlike,
+    least,
+    rows,
+    columns,
+    LOWEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Marks ROWS by WIDTH pairs of blocks, either of them unlike; by LOWEST scores of such keys are overwritten."""
+    i_k, i_q, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_q, o_k = i_q * ROWS + tl.arange(0, ROWS), i_k * WIDTH + tl.arange(0, WIDTH)
+    m_q, m_k = o_q < rows, o_k < columns
+    m_unlike_q = tl.load(p_q_alike + i_bh * rows + o_q, mask=m_q, other=0.0) <= least
+    m_unlike_k = tl.load(p_k_alike + i_bh * columns + o_k, mask=m_k, other=0.0) <= least
+    o_out = (i_bh * rows + o_q[:, None]) * columns + o_k[None, :]
+    m = m_q[:, None] & m_k[None, :]
+    tl.store(p_unlike + o_out, (m_unlike_q[:, None] | m_unlike_k[None, :]).to(tl.uint8), mask=m)
+    if LOWEST:
+        tl.store(p_scores + o_out, -3.4028234663852886e38, mask=m & m_unlike_k[None, :])
+
+
+@triton.jit
 def parts_kernel(
     p_x,
     p_order,
@@ -250,6 +276,23 @@ def triton_block_scores(q: Tensor, k: Tensor, scale: float, tiles: Tiles = TILES
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return scores
+
+
+UNLIKE_ROWS, UNLIKE_WIDTH, UNLIKE_WARPS = 16, 256, 4  # of unlike_kernel
+
+
+def triton_mark_unlike(scores: Tensor, q_alike: Tensor, k_alike: Tensor, least: float, *, lowest: bool) -> Tensor:
+    """The contract of `scores.mark_unlike`."""
+    q_alike, k_alike = q_alike.contiguous(), k_alike.contiguous()
+    batch, heads, rows, columns = scores.shape
+    unlike = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    with device_of(scores):
+        launch_kernel(
+            unlike_kernel, (cdiv(columns, UNLIKE_WIDTH), cdiv(rows, UNLIKE_ROWS), batch * heads),
+            scores, q_alike, k_alike, unlike.view(torch.uint8), least, rows, columns,
+            LOWEST=lowest, ROWS=UNLIKE_ROWS, WIDTH=UNLIKE_WIDTH, num_warps=UNLIKE_WARPS,
+        )  # fmt: skip
+    return unlike
 
 
 PARTS, PART_TILE = 16, 64  # parts a program of parts_kernel makes, tokens it holds at once

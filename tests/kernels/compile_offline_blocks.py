@@ -67,6 +67,13 @@ def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, An
         if not everything:
             fixed |= {"p_order": None, "p_subtract": None}
         yield pool_triton.pool_kernel, fixed, {"p_x": "*bf16"}, pool.num_warps, 3
+    yield (
+        pool_triton.mean_of_means_kernel,
+        pool_triton.mean_constants(72),
+        {"p_mean": "*fp32"},
+        pool_triton.MEANS_WARPS,
+        3,
+    )
     for head_size, block_q, block_k, tokens in MASSES[:last]:
         cut = mass_triton.launch_for(head_size, architecture)
         fixed = mass_triton.constants(head_size, block_q, block_k, tokens, cut)

@@ -29,6 +29,7 @@ POINTERS = {
     "p_means": "*bf16",
     "scale": "fp32",
     "reach": "fp32",
+    "least": "fp32",
 }
 # head size, parts of a query and of a key block, reduction
 SCORES = ((256, 8, 4, "logsumexp"), (128, 8, 4, "logsumexp"), (72, 2, 1, "logsumexp"))
@@ -52,6 +53,8 @@ def variants(every: bool, arch: str) -> Iterator[tuple[Any, dict[str, Any], dict
         fixed = scores_triton.block_constants(head_size, tiles, is_amd=arch.startswith("gfx"))
         means = {"p_q": "*fp32", "p_k": "*fp32"}
         yield scores_triton.block_scores_kernel, fixed, means, tiles.num_warps, tiles.num_stages
+    marks = {"LOWEST": True, "ROWS": scores_triton.UNLIKE_ROWS, "WIDTH": scores_triton.UNLIKE_WIDTH}
+    yield scores_triton.unlike_kernel, marks, {"p_unlike": "*u8"}, scores_triton.UNLIKE_WARPS, 3
     for head_size, part, ordered in PARTS[:last]:
         fixed = scores_triton.part_constants(head_size, part, ordered=ordered, dtype=torch.bfloat16)
         if not ordered:

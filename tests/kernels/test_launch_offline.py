@@ -13,6 +13,8 @@ CHOICES = {
     "order and means": ["order_means_kernel"],
     "means of parts": ["parts_kernel"],
     "means": ["pool_kernel"],
+    "mean of means": ["mean_of_means_kernel"],
+    "unlike": ["unlike_kernel"],
     "scores": ["scores_kernel"],
     "scores of means": ["block_scores_kernel"],
     "sampled rows": ["rows_kernel", "rows_error_kernel"],

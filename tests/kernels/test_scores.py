@@ -10,8 +10,16 @@ from torch import Tensor
 from sparse_dit.kernels import scores
 from sparse_dit.kernels.gather import gather_tokens
 from sparse_dit.kernels.lists import lists_to_mask, top_k_lists
-from sparse_dit.kernels.scores import block_scores, part_scores, torch_scores
-from sparse_dit.kernels.scores_triton import TILES, Launch, Tiles, triton_block_scores, triton_part_means, triton_scores
+from sparse_dit.kernels.scores import block_scores, mark_unlike, part_scores, torch_scores
+from sparse_dit.kernels.scores_triton import (
+    TILES,
+    Launch,
+    Tiles,
+    triton_block_scores,
+    triton_mark_unlike,
+    triton_part_means,
+    triton_scores,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A product of D terms in fp32, each rounded to 2^-24 of a sum of up to D times their size; inputs are exact.
@@ -98,6 +106,25 @@ def test_blocks_with_equal_means_score_alike_and_the_first_is_taken(compute: Sco
     for keep in (1, 20, 45):
         expected = torch.zeros_like(exact, dtype=torch.bool).scatter_(-1, order[..., :keep], True)
         assert torch.equal(lists_to_mask(top_k_lists(found, keep, block_q=16, block_k=16), 75), expected)
+
+
+@pytest.mark.parametrize("backend", ["by device", "triton"])
+@pytest.mark.parametrize("lowest", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (17, 300), (40, 256)])
+def test_unlike_blocks_are_marked(rows: int, columns: int, lowest: bool, backend: str) -> None:
+    scores = drawn(2, 3, rows, columns, dtype=torch.float32)
+    q_alike, k_alike = (drawn(2, 3, n, dtype=torch.float32, seed=n).abs() for n in (rows, columns))
+    q_alike[0, 0, 0] = k_alike[1, 2, 0] = 0.25  # to no more than that: not enough
+    mark = mark_unlike if backend == "by device" else triton_mark_unlike
+    expected = scores.clone()
+    found = mark(scores, q_alike, k_alike, 0.25, lowest=lowest)
+    unlike_q, unlike_k = ~(q_alike > 0.25)[..., None], ~(k_alike > 0.25)[..., None, :]
+    assert torch.equal(found, unlike_q | unlike_k)
+    assert found[0, 0, 0].all()
+    assert found[1, 2, :, 0].all()
+    if lowest:
+        expected = torch.where(unlike_k, torch.finfo(torch.float32).min, expected)
+    assert torch.equal(scores, expected)
 
 
 @pytest.mark.parametrize("ordered", [None, 1, 3])

@@ -18,6 +18,10 @@ HOPPER = {
         "lift",
         "hopper_forward",
     ],
+    "sparge-cdf": [
+        *("pool", "mean_of_means", "pool", "pool", "block_scores", "unlike", "select", "density"),
+        *("sampled_means", "hopper_quantize", "lift", "hopper_forward"),
+    ],
     "svg": ["rows", "rows_error", "closest", "order_means", "hopper_forward"],
     "svg2": ["order_means", "block_scores", "select", "density", "hopper_forward"],
     "radial": ["hopper_forward"],
@@ -52,7 +56,7 @@ KEPT = {
     ),
 }
 ONCE = {"rank_rows"}
-REPLAYED = {"balanced", "kept", "draft", "jenga", "sparge", "radial", "sol", "subblock", "vmoba"}
+REPLAYED = {"balanced", "kept", "draft", "jenga", "sparge", "sparge-cdf", "radial", "sol", "subblock", "vmoba"}
 
 
 def test_calls_of_presets_launch_what_they_should(printed_by):
