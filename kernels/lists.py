@@ -161,6 +161,7 @@ def top_p_lists(
     crossing: bool,
     forced: Tensor | None = None,
     at_least: int = 1,
+    softmax: bool = False,
 ) -> BlockList:
     """Lists the likeliest key blocks of each row, up to a mass of p, and the forced ones.
 
@@ -169,13 +170,15 @@ def top_p_lists(
     towards p by their own probability.
 
     Args:
-        probabilities: fp16, bf16 or fp32 [B, H, QB, KB], not negative, rows summing to about 1.
+        probabilities: fp16, bf16 or fp32 [B, H, QB, KB], not negative, rows summing to about 1; with `softmax` finite
+            scores instead.
         p: mass to take, a number in [0, 1] or a floating-point tensor [H] on the device of probabilities.
         block_q: query tokens a block.
         block_k: key tokens a block.
         crossing: true takes the fewest blocks that sum to p or more, false the most that sum to p or less.
         forced: bool [B or 1, H or 1, QB or 1, KB], blocks listed whatever their probability.
         at_least: the likeliest blocks that every row lists, whatever their sum.
+        softmax: whether the probabilities are the softmax of what is given, over the row.
 
     Returns:
         A BlockList on the device of probabilities, KB wide.
@@ -192,8 +195,11 @@ def top_p_lists(
     mass = _per_head(p, probabilities, "p")
     if probabilities.is_cuda:
         rule = "top_p_crossing" if crossing else "top_p"
-        return _triton_lists(rule, probabilities, k_blocks, block_q, block_k, mass, forced, at_least)
-    ordered, order = probabilities.float().sort(dim=-1, descending=True, stable=True)
+        return _triton_lists(rule, probabilities, k_blocks, block_q, block_k, mass, forced, at_least, softmax=softmax)
+    probabilities = probabilities.float()
+    if softmax:
+        probabilities = probabilities.softmax(dim=-1)
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     total = ordered.cumsum(dim=-1)
     # Strictly below p before a block: the block is needed to reach it. Not above p with it: it still fits.
     within = F.pad(total[..., :-1], (1, 0)) < _columns(mass) if crossing else total <= _columns(mass)
@@ -288,10 +294,12 @@ def _triton_lists(
     budget: float | Tensor = 0,
     forced: Tensor | None = None,
     at_least: int = 1,
+    *,
+    softmax: bool = False,
 ) -> BlockList:
     from sparse_dit.kernels.lists_triton import triton_lists
 
-    indices, counts = triton_lists(rule, scores, capacity, budget, forced, at_least)
+    indices, counts = triton_lists(rule, scores, capacity, budget, forced, at_least, softmax=softmax)
     return BlockList(indices, counts, block_q, block_k, key_blocks=scores.shape[-1])
 
 

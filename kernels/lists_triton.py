@@ -124,6 +124,7 @@ def select_kernel(
     budget,
     at_least,
     RULE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
     FORCED: tl.constexpr,
     MAPPED: tl.constexpr,
     PER_ROW: tl.constexpr,
@@ -149,6 +150,10 @@ def select_kernel(
         m_selected = m & (b_score != 0)
     else:
         b_score = b_score.to(tl.float32)
+        if SOFTMAX:
+            b_score = tl.where(m, b_score, float("-inf"))
+            b_score = tl.exp(b_score - tl.max(b_score, 0))
+            b_score /= tl.sum(b_score, 0)
         b_key = tl.where(m, _key(b_score), LOWEST)
         if RULE == "threshold":
             mean = tl.sum(tl.where(m, b_score, 0.0), 0) / k_blocks
@@ -171,10 +176,12 @@ def warps_for(k_blocks: int) -> int:
     return int(min(16, max(1, power_of_2(k_blocks) // 512)))
 
 
-def constants(rule: str, k_blocks: int, *, forced: bool, per_row: bool, mapped: bool = False) -> dict[str, object]:
+def constants(
+    rule: str, k_blocks: int, *, forced: bool, per_row: bool, mapped: bool = False, softmax: bool = False
+) -> dict[str, object]:
     """The kernel's compile-time arguments."""
     width = max(2, power_of_2(k_blocks))
-    return {"RULE": rule, "FORCED": forced, "MAPPED": mapped, "PER_ROW": per_row, "WIDTH": width}
+    return {"RULE": rule, "SOFTMAX": softmax, "FORCED": forced, "MAPPED": mapped, "PER_ROW": per_row, "WIDTH": width}
 
 
 def triton_lists(
@@ -185,6 +192,8 @@ def triton_lists(
     forced: Tensor | None = None,
     at_least: int = 1,
     columns: Tensor | None = None,
+    *,
+    softmax: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scores [B, H, QB, KB] (for rule "mask" a bool mask) to indices [B, H, QB, capacity] and counts [B, H, QB].
 
@@ -196,6 +205,7 @@ def triton_lists(
         forced: as the functions of `lists` take it.
         at_least: best blocks listed by a mass; the other rules but "mask" and "top_k" list one.
         columns: int64 [KB], the column of scores that each key block has; None where each has its own.
+        softmax: whether scores are judged by their softmax over the row.
     """
     batch, heads, q_blocks = scores.shape[:3]
     k_blocks = scores.shape[3] if columns is None else len(columns)
@@ -207,7 +217,9 @@ def triton_lists(
         forced = forced.expand(batch, heads, q_blocks, k_blocks).view(torch.uint8)
     per_row = isinstance(budget, Tensor)
     budgets = budget.expand(scores.shape[:3]) if isinstance(budget, Tensor) else None
-    fixed = constants(rule, k_blocks, forced=forced is not None, per_row=per_row, mapped=columns is not None)
+    fixed = constants(
+        rule, k_blocks, forced=forced is not None, per_row=per_row, mapped=columns is not None, softmax=softmax
+    )
     with device_of(scores):
         launch_kernel(
             select_kernel, (q_blocks, heads, batch),

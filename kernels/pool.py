@@ -1,7 +1,5 @@
 """Block means of tokens, and how alike the tokens of a block are."""
 
-import functools
-
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -77,15 +75,9 @@ def token_means(x: Tensor) -> Tensor:
     """
     if not x.is_cuda:
         return x.mean(dim=2, dtype=torch.float32)
-    return (block_means(x, SPAN) * _span_shares(x.shape[2], x.device)).sum(dim=2)
+    from sparse_dit.kernels.pool_triton import triton_mean_of_means
 
-
-@functools.lru_cache(maxsize=16)
-def _span_shares(tokens: int, device: torch.device) -> Tensor:
-    """The share of the tokens that each run of SPAN has, fp32 [runs, 1]."""
-    counts = torch.full((-(-tokens // SPAN), 1), SPAN, dtype=torch.float32)
-    counts[-1] = tokens - (len(counts) - 1) * SPAN
-    return (counts / tokens).to(device)
+    return triton_mean_of_means(block_means(x, SPAN), SPAN, x.shape[2])
 
 
 def torch_pool(

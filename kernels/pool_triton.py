@@ -87,6 +87,32 @@ def pool_kernel(
         tl.store(p_similarity + o_block, tl.sum(b_direction * b_direction, 0))
 
 
+@triton.jit
+def mean_of_means_kernel(
+    p_means,
+    p_mean,
+    tokens,
+    n_blocks,
+    block,
+    HEAD_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The mean of all tokens of one head from those of its blocks, of which the last may be shorter."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, COLUMNS)
+    m_d = o_d < HEAD_SIZE
+    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, n_blocks, ROWS):
+        o_n = start + tl.arange(0, ROWS)
+        b_share = tl.minimum(tokens - o_n * block, block).to(tl.float32) / tokens
+        m = (o_n < n_blocks)[:, None] & m_d[None, :]
+        b_sum += b_share[:, None] * tl.load(
+            p_means + (i_bh * n_blocks + o_n[:, None]) * HEAD_SIZE + o_d[None, :], mask=m, other=0.0
+        )
+    tl.store(p_mean + i_bh * HEAD_SIZE + o_d, tl.sum(b_sum, 0), mask=m_d)
+
+
 @dataclass(frozen=True)
 class Launch:
     """How the kernel is launched: elements a program holds at once, warps a program."""
@@ -157,3 +183,24 @@ def triton_pool(
             tokens, n_blocks, block, **fixed, num_warps=launch.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return means, alike
+
+
+MEANS_ROWS, MEANS_WARPS = 32, 4  # of mean_of_means_kernel
+
+
+def mean_constants(head_size: int) -> dict[str, object]:
+    """The compile-time arguments of mean_of_means_kernel."""
+    return {"HEAD_SIZE": head_size, "COLUMNS": power_of_2(head_size), "ROWS": MEANS_ROWS}
+
+
+def triton_mean_of_means(means: Tensor, block: int, tokens: int) -> Tensor:
+    """The mean of all tokens, fp32 [B, H, D], from the means of blocks of them that `triton_pool` gives."""
+    batch, heads, n_blocks, head_size = means.shape
+    mean = torch.empty(batch, heads, head_size, dtype=torch.float32, device=means.device)
+    with device_of(means):
+        launch_kernel(
+            mean_of_means_kernel, (batch * heads,),
+            means, mean, tokens, n_blocks, block, **mean_constants(head_size),
+            num_warps=MEANS_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return mean

@@ -63,8 +63,6 @@ class Look(NamedTuple):
 
     def at(self, x: Tensor, offset: int) -> Tensor:
         """A tensor that looks so, so many bytes behind the start of x."""
-        if offset == 0 and self == Look.of(x):
-            return x
         first = x.storage_offset() * x.element_size() + offset
         seen = torch.empty(0, dtype=self.dtype, device=x.device)
         return seen.set_(x.untyped_storage(), first // self.dtype.itemsize, self.shape, self.stride)
@@ -100,6 +98,7 @@ class Recorder(TorchDispatchMode):
         refusal: what the call did besides that only Python can do again, if anything.
         steps: launches and operators, in order.
         sizes: bytes of fresh memory. Its starts count on behind those of inputs.
+        looks: how it looked when it was handed out.
         kept: what is neither input nor fresh: it stays where it is. Its starts count down from -1.
     """
 
@@ -109,6 +108,7 @@ class Recorder(TorchDispatchMode):
         self.refusal = ""
         self.steps: list[Launch | Operator] = []
         self.sizes: list[int] = []
+        self.looks: list[Look] = []
         self.kept: list[Tensor] = []
         self._fresh: dict[int, int] = {}  # starts of memory, by address: what was handed out there last
 
@@ -138,6 +138,7 @@ class Recorder(TorchDispatchMode):
         storage, start = x.untyped_storage(), len(self.inputs) + len(self.sizes)
         self._fresh[storage.data_ptr()] = start
         self.sizes.append(storage.nbytes())
+        self.looks.append(Look.of(x))
         return start
 
     def note(

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from sparse_dit.kernels.recorder import Launch, Operator, Place, Recorder, noting
+from sparse_dit.kernels.recorder import Launch, Look, Operator, Place, Recorder, noting
 from sparse_dit.kernels.tiles import in_trial
 
 LIMIT = 1024
@@ -72,9 +72,11 @@ class Recording(Generic[T]):
         self._device = recorder.inputs[0].device
         self._given = [(i, start) for i, (start, look) in returned.items() if look is None]
         self._made = [(i, look) for i, (_, look) in returned.items() if look is not None]
-        self._scratch, self._large = 0, list[int]()
+        self._scratch, self._large = 0, list[Look]()
         index = self._numbered(recorder, [start for start, look in returned.values() if look is not None])
-        self._steps = [self._settled(step, index) for step in recorder.steps]
+        looks = dict(enumerate([*map(Look.of, recorder.inputs), *recorder.looks]))
+        looks |= {start: look for start, look in returned.values() if look is not None}
+        self._steps = [self._settled(step, index, looks) for step in recorder.steps]
 
     def _numbered(self, recorder: Recorder, made: list[int]) -> dict[int, Place]:
         """Where a replay has the starts of a recorder, without those that stay."""
@@ -95,14 +97,17 @@ class Recording(Generic[T]):
                 index[start] = Place(scratch, self._scratch)
                 self._scratch += -(-size // ALIGN) * ALIGN
             elif start >= 0:
-                self._large.append(size)
+                self._large.append(recorder.looks[start - inputs])
                 index[start] = Place(scratch + len(self._large), 0)
         first = scratch + len(self._large) + 1
         self._later = len(later)
         return index | {start: Place(first + n, 0) for n, start in enumerate(later)}
 
-    def _settled(self, step: Launch | Operator, index: dict[int, Place]) -> tuple[Any, ...]:
-        """A step as `replay` runs it: with what stays filled in, and numbers of starts and offsets for the rest."""
+    def _settled(self, step: Launch | Operator, index: dict[int, Place], looks: dict[int, Look]) -> tuple[Any, ...]:
+        """A step as `replay` runs it: with what stays filled in, and numbers of starts and offsets for the rest.
+
+        Operators are told how a tensor looks where that is not as it is at hand; parts never look like the whole.
+        """
         args = list(step.args)
 
         def moves(place: Place) -> tuple[int, int]:
@@ -113,7 +118,11 @@ class Recording(Generic[T]):
             for i, place, _ in step.tensors:
                 if place.start < 0:
                     args[i] = self._kept[-1 - place.start]
-            tensors = [(i, *moves(place), look) for i, place, look in step.tensors if place.start >= 0]
+            tensors = [
+                (i, *moves(place), None if look == looks[place.start] else look)
+                for i, place, look in step.tensors
+                if place.start >= 0
+            ]
             return None, step.run, args, step.options, tensors, [index[start].start for start in step.made]
         for i, place in step.addresses:
             if place.start < 0:
@@ -136,7 +145,7 @@ class Recording(Generic[T]):
         made = [look.fresh(device) for _, look in self._made]
         # Memory goes back when this returns: what comes next on the stream waits for the work.
         scratch = torch.empty(self._scratch, dtype=torch.uint8, device=device)
-        large = [torch.empty(size, dtype=torch.uint8, device=device) for size in self._large]
+        large = [look.fresh(device) for look in self._large]
         tensors: list[Any] = [*inputs, *made, scratch, *large, *(None,) * self._later]
         starts = [0 if x is None else x.data_ptr() for x in tensors]
         now = stream(device.index or 0)
@@ -165,7 +174,7 @@ def _operate(step: Sequence[Any], tensors: list[Any], starts: list[int]) -> None
     run, template, options, given, made = step
     args = template.copy()
     for i, start, offset, look in given:
-        args[i] = look.at(tensors[start], offset)
+        args[i] = tensors[start] if look is None else look.at(tensors[start], offset)
     out = run(*args, **options)
     for start, x in zip(made, out if isinstance(out, tuple) else (out,), strict=False):
         tensors[start], starts[start] = x, x.data_ptr()

@@ -75,6 +75,68 @@ def scores_kernel(
 
 
 @triton.jit
+def block_scores_kernel(
+    p_q,
+    p_k,
+    p_scores,
+    scale,
+    rows,
+    columns,
+    HEAD_SIZE: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """scale q.k of TILE_Q by TILE_K blocks, CHUNK channels at a time.
+
+    Behind the last block it is loaded again: without masks loads go straight to shared memory, 16 bytes at a time.
+    """
+    i_k, i_q, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_q, o_k = i_q * TILE_Q + tl.arange(0, TILE_Q), i_k * TILE_K + tl.arange(0, TILE_K)
+    o_d = tl.arange(0, CHUNK)
+    p_q += (i_bh * rows + tl.minimum(o_q, rows - 1))[:, None] * HEAD_SIZE + o_d[None, :]
+    p_k += (i_bh * columns + tl.minimum(o_k, columns - 1))[None, :] * HEAD_SIZE + o_d[:, None]
+    b_score = tl.zeros([TILE_Q, TILE_K], tl.float32)
+    for start in range(0, HEAD_SIZE, CHUNK):
+        if HEAD_SIZE % CHUNK == 0:
+            b_q, b_k = tl.load(p_q + start), tl.load(p_k + start)
+        else:
+            m_d = start + o_d < HEAD_SIZE
+            b_q = tl.load(p_q + start, mask=m_d[None, :], other=0.0)
+            b_k = tl.load(p_k + start, mask=m_d[:, None], other=0.0)
+        b_score = tl.dot(b_q, b_k, b_score, input_precision=PRECISION)
+    o_out = (i_bh * rows + o_q[:, None]) * columns + o_k[None, :]
+    tl.store(p_scores + o_out, b_score * scale, mask=(o_q < rows)[:, None] & (o_k < columns)[None, :])
+
+
+@triton.jit
+def unlike_kernel(
+    p_scores,
+    p_q_alike,
+    p_k_alike,
+    p_unlike,
+    least,
+    rows,
+    columns,
+    LOWEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Marks ROWS by WIDTH pairs of blocks, either of them unlike; by LOWEST scores of such keys are overwritten."""
+    i_k, i_q, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_q, o_k = i_q * ROWS + tl.arange(0, ROWS), i_k * WIDTH + tl.arange(0, WIDTH)
+    m_q, m_k = o_q < rows, o_k < columns
+    m_unlike_q = tl.load(p_q_alike + i_bh * rows + o_q, mask=m_q, other=0.0) <= least
+    m_unlike_k = tl.load(p_k_alike + i_bh * columns + o_k, mask=m_k, other=0.0) <= least
+    o_out = (i_bh * rows + o_q[:, None]) * columns + o_k[None, :]
+    m = m_q[:, None] & m_k[None, :]
+    tl.store(p_unlike + o_out, (m_unlike_q[:, None] | m_unlike_k[None, :]).to(tl.uint8), mask=m)
+    if LOWEST:
+        tl.store(p_scores + o_out, -3.4028234663852886e38, mask=m & m_unlike_k[None, :])
+
+
+@triton.jit
 def parts_kernel(
     p_x,
     p_order,
@@ -171,6 +233,66 @@ def triton_scores(
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return scores
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How block_scores_kernel is launched: blocks a program, channels at a time, its warps, chunks loaded ahead."""
+
+    tile_q: int
+    tile_k: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+
+# Pinned, no timing. Chunks of 64 channels are as fast on sm_90, and spill on sm_80.
+TILES = Tiles(tile_q=64, tile_k=64, chunk=32, num_warps=4, num_stages=2)
+
+
+def block_constants(head_size: int, tiles: Tiles, *, is_amd: bool) -> dict[str, object]:
+    """The compile-time arguments of block_scores_kernel."""
+    return {
+        "HEAD_SIZE": head_size,
+        "TILE_Q": tiles.tile_q,
+        "TILE_K": tiles.tile_k,
+        "CHUNK": tiles.chunk,
+        # Matrix units of AMD take fp32. On NVIDIA's three products in TF32 come near, of halves of 11 bits.
+        "PRECISION": "ieee" if is_amd else "tf32x3",
+    }
+
+
+def triton_block_scores(q: Tensor, k: Tensor, scale: float, tiles: Tiles = TILES) -> Tensor:
+    """The contract of `scores.block_scores`."""
+    q, k = q.contiguous(), k.contiguous()
+    batch, heads, rows, head_size = q.shape
+    columns = k.shape[2]
+    scores = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=q.device)
+    fixed = block_constants(head_size, tiles, is_amd=torch.version.hip is not None)
+    with device_of(q):
+        launch_kernel(
+            block_scores_kernel, (cdiv(columns, tiles.tile_k), cdiv(rows, tiles.tile_q), batch * heads),
+            q, k, scores, scale, rows, columns, **fixed,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return scores
+
+
+UNLIKE_ROWS, UNLIKE_WIDTH, UNLIKE_WARPS = 16, 256, 4  # of unlike_kernel
+
+
+def triton_mark_unlike(scores: Tensor, q_alike: Tensor, k_alike: Tensor, least: float, *, lowest: bool) -> Tensor:
+    """The contract of `scores.mark_unlike`."""
+    q_alike, k_alike = q_alike.contiguous(), k_alike.contiguous()
+    batch, heads, rows, columns = scores.shape
+    unlike = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    with device_of(scores):
+        launch_kernel(
+            unlike_kernel, (cdiv(columns, UNLIKE_WIDTH), cdiv(rows, UNLIKE_ROWS), batch * heads),
+            scores, q_alike, k_alike, unlike.view(torch.uint8), least, rows, columns,
+            LOWEST=lowest, ROWS=UNLIKE_ROWS, WIDTH=UNLIKE_WIDTH, num_warps=UNLIKE_WARPS,
+        )  # fmt: skip
+    return unlike
 
 
 PARTS, PART_TILE = 16, 64  # parts a program of parts_kernel makes, tokens it holds at once

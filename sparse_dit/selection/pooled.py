@@ -17,7 +17,7 @@ from sparse_dit.kernels.blocks import BlockList
 from sparse_dit.kernels.lists import PER, threshold_lists, top_k_lists, top_p_lists
 from sparse_dit.kernels.ordered import Ordered
 from sparse_dit.kernels.pool import block_similarity, token_means
-from sparse_dit.kernels.scores import REDUCTIONS, part_scores
+from sparse_dit.kernels.scores import REDUCTIONS, block_scores, mark_unlike, part_scores
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Order
 from sparse_dit.selection.budgets import RICH_ABOVE, SPREADS, by_gain, by_recall
@@ -129,14 +129,13 @@ class Pooled(Dynamic):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor | None, Ordered | None]:
         """Scores fp32 [B, H, QB, KB], the blocks that are forced so far, and what was brought into the order."""
-        forced, alike, ordered = call.forced, None, None
+        forced, ordered, alike = call.forced, None, None
         if self.similarity is not None:
             smooth = token_means(k)
             keys = call.table if call.key_table is None else call.key_table
             q_means, q_alike = block_similarity(q, call.block_q, order=call.table)
             k_means, k_alike = block_similarity(k, call.block_k, order=keys, subtract=smooth)
-            alike = (k_alike > self.similarity)[..., None, :]
-            forced = _joined(forced, ~alike | ~(q_alike > self.similarity)[..., None])
+            alike = q_alike, k_alike, self.similarity
         elif self.sub_block is None:
             q_means, k_means, ordered = call.means(q, k, v, (call.block_q, call.block_k))
         if self.sub_block is not None:
@@ -145,10 +144,10 @@ class Pooled(Dynamic):
             per_q, per_k = call.block_q // self.sub_block, call.block_k // self.sub_block
             scores = part_scores(q_parts, k_parts, per_q, per_k, scale=call.scale, reduction=self.reduction)
         else:
-            scores = call.scale * q_means @ k_means.mT
-        if alike is not None and self.tau is None:
-            # Not -inf: a softmax over nothing else would be NaN. All of those blocks are forced then.
-            scores.masked_fill_(~alike, torch.finfo(scores.dtype).min)
+            scores = block_scores(q_means, k_means, call.scale)
+        if alike is not None:
+            # What is unlike takes no part in a budget; the mean and deviation of a row are those of all its scores.
+            forced = _joined(forced, mark_unlike(scores, *alike, lowest=self.tau is None))
         return scores, forced, ordered
 
     def _lists(self, scores: torch.Tensor, forced: torch.Tensor | None, call: Call) -> BlockList:
@@ -157,9 +156,8 @@ class Pooled(Dynamic):
             return threshold_lists(scores, self.tau, forced=forced, **sizes)
         if self.top_p is not None:
             least = blocks_of_share(self.least, call.k_blocks)
-            probabilities = scores.softmax(dim=-1)
             return top_p_lists(
-                probabilities, self.top_p, crossing=self.crossing, forced=forced, at_least=least, **sizes
+                scores, self.top_p, crossing=self.crossing, forced=forced, at_least=least, softmax=True, **sizes
             )
         assert self.density is not None
         base = blocks_of_share(self.density, call.k_blocks)

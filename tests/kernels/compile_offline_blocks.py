@@ -46,6 +46,7 @@ MASSES = ((96, 16, 32, 1000), (128, 128, 64, 32_768), (256, 128, 128, 1000))
 SELECTIONS = (
     ("top_p", 100, True),
     ("top_p_crossing", 512, False),
+    ("top_p_crossing", 2048, True),
     ("top_k", 512, False),
     ("top_k", 2048, True),
     ("threshold", 512, True),
@@ -66,13 +67,21 @@ def variants(architecture: str, every: bool) -> Iterator[tuple[Any, dict[str, An
         if not everything:
             fixed |= {"p_order": None, "p_subtract": None}
         yield pool_triton.pool_kernel, fixed, {"p_x": "*bf16"}, pool.num_warps, 3
+    yield (
+        pool_triton.mean_of_means_kernel,
+        pool_triton.mean_constants(72),
+        {"p_mean": "*fp32"},
+        pool_triton.MEANS_WARPS,
+        3,
+    )
     for head_size, block_q, block_k, tokens in MASSES[:last]:
         cut = mass_triton.launch_for(head_size, architecture)
         fixed = mass_triton.constants(head_size, block_q, block_k, tokens, cut)
         types = {"p_q": "*bf16", "p_k": "*bf16", "qk_scale": "fp32"}
         yield mass_triton.block_mass_kernel, fixed, types, cut.num_warps, cut.num_stages
     for rule, k_blocks, everything in SELECTIONS[:last]:
-        fixed = lists_triton.constants(rule, k_blocks, forced=everything, per_row=everything)
+        softmax = rule == "top_p_crossing"
+        fixed = lists_triton.constants(rule, k_blocks, forced=everything, per_row=everything, softmax=softmax)
         if not everything:
             fixed |= {"p_budget": None, "p_forced": None}
         fixed |= {"p_columns": None}

@@ -29,10 +29,12 @@ POINTERS = {
     "p_means": "*bf16",
     "scale": "fp32",
     "reach": "fp32",
+    "least": "fp32",
 }
 # head size, parts of a query and of a key block, reduction
 SCORES = ((256, 8, 4, "logsumexp"), (128, 8, 4, "logsumexp"), (72, 2, 1, "logsumexp"))
 ROWS = (128, 72)
+BLOCK_SCORES = (128, 72, 256)
 # head size, tokens of a run of queries and of keys, type of the means
 ORDERED = ((72, (16, 16), "*bf16"), (128, (0, 0), "*bf16"), (128, (128, 64), "*fp32"), (256, (128, 32), "*fp32"))
 # head size, tokens a part, whether in an order
@@ -46,6 +48,13 @@ def variants(every: bool, arch: str) -> Iterator[tuple[Any, dict[str, Any], dict
         launch = scores_triton.launch_for(head_size, per_k)
         fixed = scores_triton.constants(head_size, per_q, per_k, launch, reduction=reduction, dtype=torch.bfloat16)
         yield scores_triton.scores_kernel, fixed, {}, launch.num_warps, launch.num_stages
+    for head_size in BLOCK_SCORES[:last]:
+        tiles = scores_triton.TILES
+        fixed = scores_triton.block_constants(head_size, tiles, is_amd=arch.startswith("gfx"))
+        means = {"p_q": "*fp32", "p_k": "*fp32"}
+        yield scores_triton.block_scores_kernel, fixed, means, tiles.num_warps, tiles.num_stages
+    marks = {"LOWEST": True, "ROWS": scores_triton.UNLIKE_ROWS, "WIDTH": scores_triton.UNLIKE_WIDTH}
+    yield scores_triton.unlike_kernel, marks, {"p_unlike": "*u8"}, scores_triton.UNLIKE_WARPS, 3
     for head_size, part, ordered in PARTS[:last]:
         fixed = scores_triton.part_constants(head_size, part, ordered=ordered, dtype=torch.bfloat16)
         if not ordered:

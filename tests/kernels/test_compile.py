@@ -16,10 +16,17 @@ TARGETS = {
 }
 ATTENTION = {"block_sparse_forward_kernel", "int8_forward_kernel", "quantize_kernel", "sampled_means_kernel"}
 ATTENTION |= {"gather_kernel"}
-BLOCKS = {"pool_kernel", "block_mass_kernel", "select_kernel", "density_kernel", "rank_rows_kernel"}
+BLOCKS = {
+    "pool_kernel",
+    "mean_of_means_kernel",
+    "block_mass_kernel",
+    "select_kernel",
+    "density_kernel",
+    "rank_rows_kernel",
+}
 BLOCKS |= {"digit_kernel", "ties_kernel", "taken_kernel", "bits_to_lists_kernel", "lists_to_bits_kernel", "lift_kernel"}
 CHOOSING = {
-    *("order_means_kernel", "scores_kernel", "parts_kernel"),
+    *("order_means_kernel", "scores_kernel", "block_scores_kernel", "unlike_kernel", "parts_kernel"),
     *("rows_kernel", "rows_error_kernel", "closest_kernel"),
 }
 SUMMARY = {"means_kernel", "skipped_tiles_kernel", "summary_kernel"}

@@ -103,10 +103,10 @@ def each_row(tensor: Tensor, choose: Callable[..., list[int]]) -> list[list[list
     ]
 
 
-def through_triton(rule: str, scores: Tensor, capacity: int, *arguments: Any) -> BlockList:
+def through_triton(rule: str, scores: Tensor, capacity: int, *arguments: Any, **named: Any) -> BlockList:
     from sparse_dit.kernels.lists_triton import triton_lists
 
-    return BlockList(*triton_lists(rule, scores, capacity, *arguments), **SIZES)
+    return BlockList(*triton_lists(rule, scores, capacity, *arguments, **named), **SIZES)
 
 
 def few_values(shape: tuple[int, ...], seed: int, values: int = 5) -> Tensor:
@@ -224,6 +224,27 @@ def test_top_p_on_the_host(shape, seed, kind, data):
 @in_triton
 def test_top_p_in_triton(shape, seed, kind, data):
     check_top_p(shape, seed, kind, data, "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("crossing", [False, True])
+@pytest.mark.parametrize("k_blocks", [1, 7, 130])
+def test_top_p_of_a_softmax(k_blocks, crossing, backend):
+    """Whole scores with many ties, far from 0; no sum of the exact softmax is near p."""
+    shape, p = (2, 3, 4, k_blocks), 0.61803
+    scores = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(k_blocks)).float() - 200
+    scores[0, 0, 0] = -1e30  # all alike
+    exact = scores.double().softmax(dim=-1)
+    sums = exact.sort(dim=-1, descending=True).values.cumsum(dim=-1)
+    assert ((sums - p).abs() > 1e-5).all()
+    forced = some_forced("single", shape, 0)
+    if backend == "torch":
+        lists = top_p_lists(scores, p, crossing=crossing, forced=forced, softmax=True, **SIZES)
+    else:
+        rule = "top_p_crossing" if crossing else "top_p"
+        lists = through_triton(rule, scores, k_blocks, p, forced, softmax=True)
+    must = forced_rows(forced, shape)
+    assert columns(lists) == each_row(exact, lambda b, h, i, row: oracle_top_p(row, p, crossing, 1, must[b][h][i]))
 
 
 def check_threshold(shape, seed, kind, data, backend):
@@ -364,6 +385,7 @@ def cuda_calls(scores: Tensor, forced: Tensor | None) -> list[Callable[[], Block
         lambda: top_k_lists(scores, 7, forced=forced, per="head", **SIZES),
         lambda: top_p_lists(probabilities, p, crossing=True, forced=forced, **SIZES),
         lambda: top_p_lists(probabilities, 0.5, crossing=False, forced=forced, at_least=at_least, **SIZES),
+        lambda: top_p_lists(scores, p, crossing=True, forced=forced, softmax=True, **SIZES),
         lambda: threshold_lists(scores, 0.9876543, forced=forced, **SIZES),
         lambda: mask_to_lists(
             unpack_bits(pack_bits(scores >= 0), scores.shape[-1]), capacity=scores.shape[-1], **SIZES
@@ -384,7 +406,7 @@ def test_the_gpu_selects_what_the_host_does(k_blocks, kind):
     for number, (there, here) in enumerate(zip(on_gpu, cuda_calls(scores, forced), strict=True)):
         found, expected = there().to("cpu"), here()
         BlockList(found.indices, found.counts, 16, 16)
-        if number in (3, 4):  # top-p: a block more or less
+        if number in (3, 4, 5):  # top-p: a block more or less
             assert (found.counts - expected.counts).abs().max() <= 1
         else:
             assert torch.equal(lists_to_mask(found, k_blocks), lists_to_mask(expected, k_blocks))

@@ -146,6 +146,16 @@ def test_the_mean_of_all_tokens(tokens):
     torch.testing.assert_close(token_means(x).double(), x.double().mean(dim=2), atol=tokens**0.5 * 2**-23, rtol=0)
 
 
+@pytest.mark.parametrize(("tokens", "head_size"), [(1, 64), (32, 72), (33, 72), (129, 16), (1300, 64)])
+def test_the_mean_of_means_of_blocks(tokens, head_size):
+    """Of blocks of 4, of which a program takes 32 at a time; the last one may be shorter."""
+    from sparse_dit.kernels.pool_triton import triton_mean_of_means
+
+    x = torch.randn(2, 3, tokens, head_size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found = triton_mean_of_means(block_means(x, 4), 4, tokens)
+    torch.testing.assert_close(found.double(), x.double().mean(dim=2), atol=tokens**0.5 * 2**-23, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -175,6 +175,27 @@ def test_operators_in_between_run_again():
         assert torch.equal(result.out, (x + y).softmax(dim=-1).masked_fill(x > 3.0, 0.5) + x)
 
 
+def test_operators_see_memory_as_it_was_seen():
+    """Whole, in part and in another shape, which is also that in which it comes back."""
+
+    def compute(x, y):
+        out = torch.empty(SIZE)
+        launch(x, y, out)
+        out.masked_fill_(x > 8.0, 0.25)
+        halves = out.view(2, 4)
+        halves[1, 1:].masked_fill_(y.view(2, 4)[0, :3] > 3.0, 7.0)
+        halves.masked_fill_(x.view(2, 4) > 6.0, 0.5)
+        return Result(halves)
+
+    inputs = [numbers(start, 2 * start) for start in range(4)]
+    results, count, calls = again(compute, inputs)
+    assert (count, kinds(calls)) == (2, [Recording])
+    for (x, y), result in zip(inputs, results, strict=True):
+        expected = (x + y).masked_fill(x > 8.0, 0.25)
+        expected[5:] = expected[5:].masked_fill(y[:3] > 3.0, 7.0)
+        assert torch.equal(result.out, expected.masked_fill(x > 6.0, 0.5).view(2, 4))
+
+
 def test_memory_that_is_handed_out_twice_is_told_apart():
     def compute(x):
         first = torch.empty(SIZE)
@@ -294,7 +315,7 @@ def test_who_looks_at_operators_or_launches_sees_them():
 
 
 def product(x, y):
-    """Multiplies by torch, as scores of means are, and goes on in the dtype that comes of it."""
+    """Multiplies by torch, as gates are made, and goes on in the dtype that comes of it."""
     out, shares = torch.empty(SIZE), torch.bmm(x.view(1, 1, SIZE), y.view(1, SIZE, 1)).view(1)
     if shares.dtype is not torch.float32:
         return Result(out.copy_(shares.expand(SIZE)), "cast")

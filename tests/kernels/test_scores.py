@@ -9,8 +9,17 @@ from torch import Tensor
 
 from sparse_dit.kernels import scores
 from sparse_dit.kernels.gather import gather_tokens
-from sparse_dit.kernels.scores import part_scores, torch_scores
-from sparse_dit.kernels.scores_triton import Launch, triton_part_means, triton_scores
+from sparse_dit.kernels.lists import lists_to_mask, top_k_lists
+from sparse_dit.kernels.scores import block_scores, mark_unlike, part_scores, torch_scores
+from sparse_dit.kernels.scores_triton import (
+    TILES,
+    Launch,
+    Tiles,
+    triton_block_scores,
+    triton_mark_unlike,
+    triton_part_means,
+    triton_scores,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A product of D terms in fp32, each rounded to 2^-24 of a sum of up to D times their size; inputs are exact.
@@ -58,6 +67,66 @@ def test_scores_are_those_of_all_pairs_of_parts(
     torch.testing.assert_close(found.double(), exact, atol=(16 * head_size**0.5 + 32) * EPSILON, rtol=0)
 
 
+def triton_blocks(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    # Small tiles on a machine without a GPU, as above.
+    return triton_block_scores(q, k, scale, TILES if q.is_cuda else Tiles(16, 32, 32, num_warps=4, num_stages=1))
+
+
+def oracle_block_scores(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """In float64, and how far off each may be.
+
+    Each of D products is off by up to 3 2^-20 of it, where they are three of numbers cut into two parts of 11 bits, and
+    rounded or cut off where it is added.
+    """
+    exact, size = (scale * a.double() @ b.double().mT for a, b in ((q, k), (q.abs(), k.abs())))
+    return exact, size * (3 * 2**-20 + 2 * q.shape[-1] * 2**-24)
+
+
+@pytest.mark.parametrize("compute", [block_scores, triton_blocks], ids=["by device", "triton"])
+@pytest.mark.parametrize(("rows", "columns", "head_size"), [(37, 71, 72), (1, 1, 64), (65, 3, 256), (19, 50, 16)])
+def test_block_scores_are_products_of_means(compute: Scores, rows: int, columns: int, head_size: int) -> None:
+    q = drawn(2, 3, rows, head_size, dtype=torch.float32)
+    k = drawn(2, 3, head_size, columns, dtype=torch.float32, seed=1).mT
+    found = compute(q, k, 0.3)
+    exact, off = oracle_block_scores(q, k, 0.3)
+    assert (found.dtype, found.shape) == (torch.float32, (2, 3, rows, columns))
+    assert ((found.double() - exact).abs() <= off).all()
+
+
+@pytest.mark.parametrize("compute", [block_scores, triton_blocks], ids=["by device", "triton"])
+def test_blocks_with_equal_means_score_alike_and_the_first_is_taken(compute: Scores) -> None:
+    """Whole numbers: nothing is rounded anywhere, and an oracle has the same ties."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randint(-3, 4, (1, 2, n, 64), generator=generator).float().to(DEVICE) for n in (40, 75))
+    k[:, :, 40:] = k[:, :, torch.arange(35) % 7]  # each of seven stands six times
+    found = compute(q, k, 0.125)
+    exact, _ = oracle_block_scores(q, k, 0.125)
+    assert torch.equal(found.double(), exact)
+    order = exact.sort(dim=-1, descending=True, stable=True).indices
+    for keep in (1, 20, 45):
+        expected = torch.zeros_like(exact, dtype=torch.bool).scatter_(-1, order[..., :keep], True)
+        assert torch.equal(lists_to_mask(top_k_lists(found, keep, block_q=16, block_k=16), 75), expected)
+
+
+@pytest.mark.parametrize("backend", ["by device", "triton"])
+@pytest.mark.parametrize("lowest", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (17, 300), (40, 256)])
+def test_unlike_blocks_are_marked(rows: int, columns: int, lowest: bool, backend: str) -> None:
+    scores = drawn(2, 3, rows, columns, dtype=torch.float32)
+    q_alike, k_alike = (drawn(2, 3, n, dtype=torch.float32, seed=n).abs() for n in (rows, columns))
+    q_alike[0, 0, 0] = k_alike[1, 2, 0] = 0.25  # to no more than that: not enough
+    mark = mark_unlike if backend == "by device" else triton_mark_unlike
+    expected = scores.clone()
+    found = mark(scores, q_alike, k_alike, 0.25, lowest=lowest)
+    unlike_q, unlike_k = ~(q_alike > 0.25)[..., None], ~(k_alike > 0.25)[..., None, :]
+    assert torch.equal(found, unlike_q | unlike_k)
+    assert found[0, 0, 0].all()
+    assert found[1, 2, :, 0].all()
+    if lowest:
+        expected = torch.where(unlike_k, torch.finfo(torch.float32).min, expected)
+    assert torch.equal(scores, expected)
+
+
 @pytest.mark.parametrize("ordered", [None, 1, 3])
 @pytest.mark.parametrize(("tokens", "part", "head_size"), [(203, 16, 72), (64, 4, 64), (5, 8, 64), (130, 64, 96)])
 def test_part_means_are_those_of_runs_of_the_order(tokens: int, part: int, head_size: int, ordered: int | None) -> None:
@@ -103,3 +172,25 @@ def test_at_pinned_launches_on_a_gpu(head_size: int) -> None:
         found = part_scores(q, k, 8, 4, scale=head_size**-0.5, reduction=reduction)
         exact = oracle_scores(q, k, 8, 4, head_size**-0.5, reduction)
         torch.testing.assert_close(found.double(), exact, atol=(16 * head_size**0.5 + 32) * EPSILON, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns", "head_size"), [(929, 1857, 128), (257, 1001, 64), (300, 513, 256)])
+def test_block_scores_on_a_gpu_choose_as_float64_does(rows: int, columns: int, head_size: int) -> None:
+    """Means like those of tokens with a common offset, and planted ties wherever they stand."""
+    q = drawn(1, 3, rows, head_size, dtype=torch.float32) + 2
+    k = drawn(1, 3, columns, head_size, dtype=torch.float32, seed=1) - 1
+    copies = columns // 3
+    k[:, :, -copies:] = k[:, :, 5 : 5 + copies]
+    scale = head_size**-0.5
+    found = block_scores(q, k, scale)
+    exact, off = oracle_block_scores(q, k, scale)
+    assert ((found.double() - exact).abs() <= off).all()
+    assert torch.equal(found[..., -copies:], found[..., 5 : 5 + copies])
+    keep = columns // 4
+    mask = lists_to_mask(top_k_lists(found, keep, block_q=16, block_k=16), columns)
+    assert (mask.sum(dim=-1) == keep).all()
+    worst = exact.masked_fill(~mask, torch.inf).amin(dim=-1)
+    assert (exact.masked_fill(mask, -torch.inf).amax(dim=-1) - worst <= 2 * off.amax(dim=-1)).all()
+    # Of two alike the first is taken before the second.
+    assert not (mask[..., -copies:] & ~mask[..., 5 : 5 + copies]).any()

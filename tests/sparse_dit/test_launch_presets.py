@@ -5,11 +5,12 @@ from pathlib import Path
 # What a call launches at a refresh; what is found once for a layout or a list is left out.
 HOPPER = {
     "balanced": ["order_means", "scores", "select", "density", "hopper_means", "hopper_forward"],
-    "draft": ["order_means", *["digit"] * 8, "ties", "taken", "select", "density", "hopper_forward"],
-    "jenga": ["order_means", "select", "density", "hopper_forward"],
+    "draft": ["order_means", "block_scores", *["digit"] * 8, "ties", "taken", "select", "density", "hopper_forward"],
+    "jenga": ["order_means", "block_scores", "select", "density", "hopper_forward"],
     "sparge": [
         "pool",
         "pool",
+        "block_scores",
         "select",
         "density",
         "sampled_means",
@@ -17,14 +18,19 @@ HOPPER = {
         "lift",
         "hopper_forward",
     ],
+    "sparge-cdf": [
+        *("pool", "mean_of_means", "pool", "pool", "block_scores", "unlike", "select", "density"),
+        *("sampled_means", "hopper_quantize", "lift", "hopper_forward"),
+    ],
     "svg": ["rows", "rows_error", "closest", "order_means", "hopper_forward"],
-    "svg2": ["order_means", "select", "density", "hopper_forward"],
+    "svg2": ["order_means", "block_scores", "select", "density", "hopper_forward"],
     "radial": ["hopper_forward"],
 }
 ELSEWHERE = {
     "sol": [
         "pool",
         "pool",
+        "block_scores",
         "select",
         "density",
         "block_sparse_forward",
@@ -50,7 +56,7 @@ KEPT = {
     ),
 }
 ONCE = {"rank_rows"}
-REPLAYED = {"balanced", "kept", "draft", "jenga", "sparge", "radial", "sol", "subblock", "vmoba"}
+REPLAYED = {"balanced", "kept", "draft", "jenga", "sparge", "sparge-cdf", "radial", "sol", "subblock", "vmoba"}
 
 
 def test_calls_of_presets_launch_what_they_should(printed_by):
