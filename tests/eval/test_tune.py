@@ -173,12 +173,30 @@ def test_the_command(mini_wan: Path, space: str, tmp_path: Path, monkeypatch, ca
     ]  # fmt: skip
     assert main([*arguments, "--floor", "psnr=1000"]) == 1
     assert "no recipe that is faster than dense attention is above the floor" in capsys.readouterr().out
-    assert main([*arguments, "--floor", "psnr=30", "--runs", "1", "--out", str(tmp_path / "x.yaml")]) == 3
     monkeypatch.setattr(tuning, "call_ratios", lambda taken, recipe, device: Ratios(1.5, 1.5, 0.0, 1))
     assert main([*arguments, "--floor", "psnr=1", "--out", str(tmp_path / "y.yaml")]) == 1
     printed = capsys.readouterr().out
     assert "dense attention is as fast as every recipe of the space" in printed
     assert "attention takes 1.25 of dense attention's time, left out" in printed
+
+
+def test_a_limit_has_an_exit_code_of_its_own_and_keeps_the_dense_runs(
+    mini_wan: Path, space: str, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "tuned.yaml"
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    size = [f"--{name}={value}" for name, value in SIZE.items()]
+    arguments = ["tune", "--model", str(mini_wan), *size, "--space", space, "--prompts", str(tmp_path / "prompts.txt")]
+    arguments += ["--floor", "psnr=1", "--out", str(out)]
+    assert main([*arguments, "--seconds", "1e-9"]) == 3
+    assert "nothing with psnr 1 was found before 1e-09 seconds were over; 0 sparse runs" in capsys.readouterr().out
+    assert not out.exists()
+    assert main([*arguments, "--runs", "1"]) == 3
+    assert "not certain as 1 runs were made" in capsys.readouterr().out
+    assert out.exists()
+    assert len(list((tmp_path / "tuned.dense").glob("*.npy"))) == 1, "the next start would make it again"
+    assert main(arguments) == 0
+    assert not (tmp_path / "tuned.dense").exists()
 
 
 @pytest.mark.parametrize(
