@@ -30,7 +30,7 @@ def floats(address):
 
 def added(x, y, z, stream, function, packed, metadata, enter, leave, first, second, out, factor):
     """A "kernel" that works on addresses: out = first + factor second. None is zeros, a descriptor its tensor."""
-    assert (x, y, z, stream, function, packed) == (3, 1, 1, "stream", "function", "packed")
+    assert (x, y, z, stream, function, packed) == (3, 1, 1, driver.active.get_current_stream(0), "function", "packed")
     first, second = (getattr(each, "base", each) for each in (first, second))
     first, second = (each if each is None or isinstance(each, int) else each.data_ptr() for each in (first, second))
     one, two = (floats(each) if each else [0.0] * SIZE for each in (first, second))
@@ -62,7 +62,7 @@ def launch(first, second, out, factor=1.0, known=KNOWN, box=False):
     if noting.recorder is not None:
         noting.recorder.note(known, (3, 1, 1), boxes, tensors, (factor,))
     at = [None if x is None else x.data_ptr() for x in (first, second, out)]
-    added(3, 1, 1, "stream", "function", "packed", None, None, None, *at, factor)
+    added(3, 1, 1, driver.active.get_current_stream(0), "function", "packed", None, None, None, *at, factor)
 
 
 class Result(NamedTuple):
@@ -220,6 +220,27 @@ def test_other_looks_and_settings_are_other_calls():
         assert again(compute, [(x,)] * 3, calls)[1] == 2
     assert again(compute, [(looks[0],)] * 3, calls, "other")[1] == 2
     assert kinds(calls) == [Recording] * 5
+
+
+def test_each_stream_has_calls_of_its_own(monkeypatch):
+    """What stays may have been written by a launch, and another stream would not wait for it."""
+    stays = {}
+
+    def compute(x):
+        stream = driver.active.get_current_stream(0)
+        if stream not in stays:
+            (stays[stream],) = numbers(stream)
+        out = torch.empty(SIZE)
+        launch(x, stays[stream], out)
+        return Result(out)
+
+    calls = Replays()
+    for stream, count in ((10, 2), (20, 2), (10, 0), (20, 0)):
+        monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_stream=lambda device, now=stream: now))
+        results, made, _ = again(compute, [numbers(start) for start in range(3)], calls)
+        assert made == count
+        assert torch.equal(results[-1].out, numbers(2)[0] + numbers(stream)[0])
+    assert kinds(calls) == [Recording] * 2
 
 
 def test_an_input_may_come_back_as_it_is():
