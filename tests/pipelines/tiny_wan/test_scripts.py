@@ -135,7 +135,7 @@ def test_the_transformer_is_trained_on_cached_latents_and_written_with_its_pipel
         return embed(tokenizer, encoder, captions, length)
 
     def loss(transformer: Any, clean: Tensor, text: Tensor) -> Tensor:
-        cleans.append(clean)
+        cleans.append(clean.cpu())
         return text.square().mean() + sum(weight.square().mean() for weight in transformer.parameters())
 
     monkeypatch.setattr(train_transformer, "prompt_embeddings", embeddings)
