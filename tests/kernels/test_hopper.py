@@ -18,6 +18,8 @@ from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.kernels.oracle import oracle_attention
 from sparse_dit.kernels.quantize import quantize
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton runs
+
 # Relative L2 errors of short rows (`quantize` has the table). In FP8 weights and values are rounded by up to 2^-4 each,
 # evenly spread at worst: 2^-4 / sqrt(3). Where the last block of keys is a single token, rows may attend to it alone,
 # and all of them round the same weight, by up to 2^-4.
@@ -56,12 +58,12 @@ def test_is_refused_off_hopper(qkv, random_mask):
 )
 @settings(max_examples=20, deadline=None)
 def test_longest_lists_are_launched_first(counts):
-    counts = torch.from_numpy(counts)
+    counts = torch.from_numpy(counts).to(DEVICE)
     assert longest_first(counts).equal(counts.argsort(dim=-1, descending=True, stable=True).int())
 
 
 def test_the_launch_order_of_lists_is_found_once_and_goes_with_them():
-    counts = torch.tensor([[[1, 3, 2]]], dtype=torch.int32)
+    counts = torch.tensor([[[1, 3, 2]]], dtype=torch.int32, device=DEVICE)
     found = launch_order(counts)
     assert found.tolist() == [[[1, 2, 0]]]
     assert launch_order(counts) is found
@@ -73,7 +75,7 @@ def test_the_launch_order_of_lists_is_found_once_and_goes_with_them():
 
 def test_each_stream_ranks_for_itself(monkeypatch):
     """Nothing tells one stream when the launches of another are over."""
-    counts, found = torch.tensor([[[1, 3, 2]]], dtype=torch.int32), {}
+    counts, found = torch.tensor([[[1, 3, 2]]], dtype=torch.int32, device=DEVICE), {}
     for stream in (1, 2, 1, 2):
         monkeypatch.setattr(launch_order_triton, "current_stream", lambda x, now=stream: now)
         assert launch_order(counts) is found.setdefault(stream, launch_order(counts))
@@ -81,7 +83,7 @@ def test_each_stream_ranks_for_itself(monkeypatch):
 
 
 def test_nothing_that_a_captured_graph_will_write_is_kept(monkeypatch):
-    counts = torch.tensor([[[1, 3, 2]]], dtype=torch.int32)
+    counts = torch.tensor([[[1, 3, 2]]], dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     captured = launch_order(counts)
@@ -94,7 +96,7 @@ def test_nothing_that_a_captured_graph_will_write_is_kept(monkeypatch):
 
 
 def test_lists_shared_by_heads_or_laid_out_elsewhere_are_ranked():
-    counts = torch.randint(1, 9, (300, 2), dtype=torch.int32).T[:, None]
+    counts = torch.randint(1, 9, (300, 2), dtype=torch.int32, device=DEVICE).T[:, None]
     assert longest_first(counts).equal(counts.argsort(dim=-1, descending=True, stable=True).int())
 
 
