@@ -8,17 +8,19 @@ The last programs of a launch run alone: short ones leave multiprocessors idle f
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="operator, index"
 
+from collections import defaultdict
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparse_dit.kernels.launches import cdiv, device_of, launch_kernel
+from sparse_dit.kernels.launches import cdiv, current_stream, device_of, launch_kernel
 
 ROWS = 64  # query blocks that a program ranks, and compares with at once
 WARPS = 4
-_known = WeakTensorKeyDictionary()
+_known: defaultdict[int, WeakTensorKeyDictionary] = defaultdict(WeakTensorKeyDictionary)  # by stream
 
 
 @triton.jit
@@ -38,15 +40,19 @@ def rank_rows_kernel(p_counts, p_rows, c_batch, c_head, c_row, heads, rows, ROWS
 
 
 def launch_order(counts: Tensor) -> Tensor:
-    """`longest_first`, found once for a tensor of counts and kept as long as that lives.
+    """`longest_first`, found once for a tensor of counts and a stream, and kept as long as the tensor lives.
 
-    Lists that are used again need no launch for it. Should someone write other counts into the tensor, any order of the
-    rows is as right as another, only not as fast.
+    Lists that are used again need no launch for it. Each stream ranks for itself, as none waits for another, and while
+    a CUDA graph is captured nothing is kept: it would be written when the graph runs. Should someone write other counts
+    into the tensor, any order of the rows is as right as another, only not as fast.
     """
-    known: Tensor | None = _known.get(counts)
-    if known is None:
-        known = _known[counts] = longest_first(counts)
-    return known
+    known = _known[current_stream(counts)]
+    found: Tensor | None = known.get(counts)
+    if found is None:
+        found = longest_first(counts)
+        if not (counts.is_cuda and torch.cuda.is_current_stream_capturing()):
+            known[counts] = found
+    return found
 
 
 def longest_first(counts: Tensor) -> Tensor:

@@ -57,6 +57,12 @@ def device_of(x: Tensor) -> AbstractContextManager[Any]:
     return _here if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
+def current_stream(x: Tensor) -> int:
+    """The current stream of the device of x, as a number; 0 on a CPU."""
+    index = x.get_device()
+    return 0 if index < 0 else int(driver.active.get_current_stream(index))
+
+
 def launch_kernel(kernel: Any, grid: Sequence[int], *args: Any, boxes: Any = (), **fixed: Any) -> None:
     """`kernel[grid](*boxes, *args, **fixed)` on the current device.
 

@@ -346,7 +346,8 @@ def _matrices(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]
     token = place - i_16 + i_16 // 2 % 2 * 8 + i_16 // 4 * 2 + i_16 % 2  # `Quantized` tells why
     signs, ones = rotation(64).sign(), torch.eye(64)[:, token]
     named = (rearrange(x, "k (t j e) -> k (j t e)", t=4, e=2) for x in (signs, ones))
-    signs, ones = (x.to(device, dtype).contiguous() for x in named)
+    # Copied as they lie: what a launch rearranges is not there for other streams yet.
+    signs, ones = (x.contiguous().to(device, dtype) for x in named)
     return signs, ones
 
 

@@ -139,8 +139,8 @@ class Recording(Generic[T]):
         # All that is known of the kernel: Triton unloads one that nobody has any more.
         return step.known, step.grid, args, addresses, boxes
 
-    def replay(self, inputs: Sequence[Tensor], stream: Callable[[int], int]) -> T:
-        """Does the work for other inputs; `stream` gives the current one of a device."""
+    def replay(self, inputs: Sequence[Tensor], stream: int) -> T:
+        """Does the work for other inputs on a stream, the current one."""
         device = self._device
         made = [look.fresh(device) for _, look in self._made]
         # Memory goes back when this returns: what comes next on the stream waits for the work.
@@ -148,7 +148,6 @@ class Recording(Generic[T]):
         large = [look.fresh(device) for look in self._large]
         tensors: list[Any] = [*inputs, *made, scratch, *large, *(None,) * self._later]
         starts = [0 if x is None else x.data_ptr() for x in tensors]
-        now = stream(device.index or 0)
         for known, *step in self._steps:
             if known is None:
                 _operate(step, tensors, starts)
@@ -160,7 +159,7 @@ class Recording(Generic[T]):
             for i, kind, fields, start, offset in boxes:
                 box = args[i] = object.__new__(kind)
                 box.__dict__.update(fields, base=_Address(starts[start] + offset))
-            known.run(*grid, now, known.function, known.packed, None, None, None, *args)
+            known.run(*grid, stream, known.function, known.packed, None, None, None, *args)
         result: list[Any] = self._result.copy()
         for (i, _), x in zip(self._made, made, strict=True):
             result[i] = x
@@ -201,10 +200,13 @@ class Replays:
         """
         if not _is_plain(inputs):
             return compute()
-        key = (settings, _autocast(inputs[0]), *(_look(x) for x in inputs), *_starts(inputs))
+        # What a recording keeps may have been written by a launch, for which other streams do not wait.
+        *_, driver = _of_triton()
+        stream = driver.active.get_current_stream(inputs[0].device.index or 0)
+        key = (settings, stream, _autocast(inputs[0]), *(_look(x) for x in inputs), *_starts(inputs))
         found = self._calls.get(key, 0)
         if isinstance(found, Recording):
-            return _replayed(cast(Recording[T], found), inputs, compute)
+            return _replayed(cast(Recording[T], found), inputs, stream, compute)
         if found > TRIES:
             return compute()
         if found == 0:
@@ -263,11 +265,11 @@ def _starts(inputs: Sequence[Tensor]) -> list[Hashable]:
     return [(start % 16 == 0, starts.index(start)) for start in starts]
 
 
-def _replayed(recording: Recording[T], inputs: Sequence[Tensor], compute: Callable[[], T]) -> T:
-    _, device_of, driver = _of_triton()
+def _replayed(recording: Recording[T], inputs: Sequence[Tensor], stream: int, compute: Callable[[], T]) -> T:
+    _, device_of, _ = _of_triton()
     with device_of(inputs[0]):
         try:
-            return recording.replay(inputs, driver.active.get_current_stream)
+            return recording.replay(inputs, stream)
         except torch.OutOfMemoryError:
             pass
     # Python tells what was needed, or does with less at once.

@@ -7,13 +7,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from sparse_dit.engine import Run, begin_forward, end_forward, is_dense
+from sparse_dit.engine import Run, is_dense
 from sparse_dit.pipelines.explanation import Explanation, RecipeLike, StepPlan, explain
 from sparse_dit.pipelines.families import Family, Reading, family_of
 from sparse_dit.pipelines.transformers import layers_of, transformers_of
 from sparse_dit.processors import Installed
 from sparse_dit.recipe import load_recipe
 from sparse_dit.samples import Tokens
+from sparse_dit.sites import begin_forward, end_forward
 from sparse_dit.state import Context, Summary
 
 __all__ = ["Explanation", "StepPlan", "Summary", "disable", "enable", "explain", "sparse", "summary"]

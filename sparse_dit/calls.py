@@ -87,9 +87,10 @@ def _parts(
     """Runs of so many tokens in the order of a recipe; `None` when each token stands for itself."""
     if tokens == 1:
         return None
-    table = _table(order, layout, heads, spread, device)
-    places = torch.arange(layout.length, device=device)[None] if table is None else inverse(table)
-    return Parts(table, places // tokens)
+    table = order.table(layout, spread.total(heads))
+    places = torch.arange(layout.length)[None] if table is None else inverse(spread.own(table, heads))
+    # Computed here and then copied, for which the host waits: what is launched there, other streams do not wait for.
+    return Parts(_table(order, layout, heads, spread, device), (places // tokens).to(device))
 
 
 @functools.lru_cache(maxsize=16)

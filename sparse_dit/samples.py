@@ -13,9 +13,10 @@ from typing import Any, cast
 
 import torch
 
-from sparse_dit.engine import Run, Site, fake_tokens_first, is_dense, model_attention, tokens_first
+from sparse_dit.engine import Run, is_dense
 from sparse_dit.layout import TokenLayout
 from sparse_dit.parallel import Shards, shards_of
+from sparse_dit.sites import Site, fake_tokens_first, model_attention, tokens_first
 
 Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """The call as the model would have made it, of q, k, v and mask."""

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import torch
 
@@ -112,5 +113,38 @@ def printed_by(tmp_path: Path) -> Callable[..., list[Any]]:
         )
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def processes_find(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """Runs a program of the tests in two processes at once, and returns what each of them finds.
+
+    The program takes a folder, is told its number in RANK, and writes that number's file there, of JSON.
+    """
+
+    def run(program: Path, processes: int = 2) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("processes")
+        settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+        running = [
+            subprocess.Popen(
+                [sys.executable, program, str(folder)],
+                env={**settings, "RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+                stderr=(folder / f"{rank}.txt").open("w"),
+            )
+            for rank in range(processes)
+        ]
+        try:
+            # One that failed is not what the others may wait for.
+            while None in (codes := [process.poll() for process in running]) and not any(codes):
+                time.sleep(0.05)
+        finally:
+            for process in running:
+                process.kill()
+        failed = [(folder / f"{rank}.txt").read_text()[-2000:] for rank, code in enumerate(codes) if code]
+        assert not failed, failed[0]
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
 
     return run

@@ -1,5 +1,6 @@
 """`bench` and `tune-tiles` as commands: what they refuse, print and write."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from sparse_dit.app import bench as commands
 from sparse_dit.app.cli import main
-from sparse_dit.eval.bench import kernels, tune
+from sparse_dit.eval.bench import kernels, models, tune
 from sparse_dit.eval.bench.architectures import ARCHITECTURES
 from sparse_dit.eval.bench.clock import HostClock
 from sparse_dit.eval.bench.variants import VARIANTS
@@ -84,6 +85,20 @@ def test_bench_models_prints_and_appends_a_row_a_variant(tmp_path: Path, capsys:
     assert [row["variant"] for row in load_rows(out)] == ["dense", "stock"]
     assert "cogvideox-5b-480p dense: " in printed
     assert f"wrote {out}" in printed
+
+
+@pytest.mark.parametrize("run", [lambda *options: main(["bench", "models", *options]), lambda *all: models.main(all)])
+def test_layers_are_compiled_where_that_is_asked_for(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **settings: compiled.append(layer))
+    arguments = ["--cases", "cogvideox-5b-480p", "--variants", "--tiny", "--out", str(tmp_path / "rows.jsonl")]
+    assert run(*arguments) == 0
+    assert not compiled
+    assert run(*arguments, "--compiled") == 0
+    assert {type(layer).__name__ for layer in compiled} == {"CogVideoXBlock"}
+    assert [row["compiled"] for row in load_rows(tmp_path / "rows.jsonl")] == [False, True]
 
 
 def test_options_are_those_of_the_benches() -> None:

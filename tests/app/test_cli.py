@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -13,9 +12,9 @@ import pytest
 import yaml
 
 from sparse_dit import __version__
-from sparse_dit.app import cli, commands
+from sparse_dit.app import cli
 from sparse_dit.app.cli import COMMANDS, _value, main
-from sparse_dit.eval import calibrate, sweep
+from sparse_dit.eval import sweep
 from sparse_dit.pipelines.generate import write_video
 from sparse_dit.recipe import load_recipe, recipe_names
 
@@ -220,6 +219,16 @@ def test_probe_looks_inside_and_report_shows_it(mini_wan: Path, tmp_path: Path, 
     assert page.read_text(encoding="utf-8").count("<svg") == plots + 4
 
 
+def test_report_shows_what_compare_left(mini_wan: Path, tmp_path: Path) -> None:
+    clips, out = tmp_path / "clips", tmp_path / "report.html"
+    options = [*PROMPT, *SIZE, *SMALL_BLOCKS, "--video_format", "webp", "--out", str(clips)]
+    assert main(["compare", "--model", str(mini_wan), *options]) == 0
+    for shown in ([], ["--clips", str(clips)]):
+        assert main(["report", "--rows", str(ROWS), *shown, "--out", str(out)]) == 0
+        found = f"{PROMPT[1]}. From above: dense, sparse, difference" in out.read_text(encoding="utf-8")
+        assert found == bool(shown)
+
+
 def test_report_makes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "report.html"
     assert main(["report", "--rows", str(ROWS), "--out", str(out)]) == 0
@@ -266,17 +275,6 @@ def test_eval_tells_by_its_exit_code_of_runs_that_failed(
     out = str(tmp_path / "rows.jsonl")
     assert main(["eval", "--model", str(mini_wan), *SIZE, "--prompts", "held-out:1", "--out", out]) == 1
     assert "warning: tiny-radial failed: out of memory (a fox)" in capsys.readouterr().err
-
-
-def test_calibrate_looks_costs_up_for_the_tokens_of_the_run(
-    mini_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr(commands, "search_of", lambda *arguments: asked.append(arguments))
-    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: SimpleNamespace(about={"density": 0.5}))
-    out = str(tmp_path / "profile.safetensors")
-    assert main(["calibrate", "--model", str(mini_wan), *SIZE, "--method", "paro", "--out", out]) == 0
-    assert asked == [("paro", 0.25, [6, 8, 8], ""), ("paro", 0.25, [6, 8, 8], "", 3 * 8 * 8)]
 
 
 def test_eval_goes_on_behind_damaged_rows_and_says_so(mini_wan: Path, tmp_path: Path, capsys) -> None:

@@ -109,6 +109,12 @@ def test_the_command_writes_rows_and_tables(mini_wan: Path, tmp_path: Path, caps
     for words in ("rest of the transformer", "text encoder", STOCK, KERNEL, SPARSE, INT8, "break-even"):
         assert words in printed
 
+    failed = {**rows[3], "status": "failed", "reason": "no INT8 here"}
+    monkeypatch.setattr(attribution, "attribute", lambda *_, **__: iter([*rows[:3], failed]))
+    monkeypatch.setattr(attribution, "lengths", lambda *_, **__: iter(rows[4:]))
+    assert main(command) == 1, "a run failed"
+    assert "failed, no INT8 here" in capsys.readouterr().out
+
 
 @pytest.mark.parametrize(
     ("options", "error"),

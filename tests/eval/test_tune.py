@@ -1,23 +1,27 @@
 """The search for the fastest recipe: its answer, its files, and what a kill costs."""
 
+import itertools
 import json
 import multiprocessing
 import os
-import signal
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sparse_dit.app.cli import main
+from sparse_dit.eval import references
 from sparse_dit.eval import tune as tuning
 from sparse_dit.eval.attention_time import Ratios
 from sparse_dit.eval.pair import against
 from sparse_dit.eval.results import load_rows
 from sparse_dit.eval.space import Candidate, load_space
 from sparse_dit.eval.tune import Floor, Limits, Tuner, read_floor, write
+from sparse_dit.pipelines import disk
 from sparse_dit.pipelines.generate import Request, load_pipeline
 from sparse_dit.recipe import load_recipe
 
@@ -132,26 +136,61 @@ def test_limits_stop_it_and_it_goes_on(pipe, space: str, tmp_path: Path) -> None
     assert len(load_rows(out.with_suffix(".rows.jsonl"))) == last.runs > 4
 
 
+def stop_in(owner: Any, name: str, call: int, stop: Callable[..., object], counts: Any = lambda *_: True) -> None:
+    """The call-th call of a function, of those whose arguments count, does `stop` with them first."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def stopping(*arguments: Any, **settings: Any) -> Any:
+        if counts(*arguments) and next(calls) == call:
+            stop(*arguments)
+        return real(*arguments, **settings)
+
+    setattr(owner, name, stopping)
+
+
+def half_a_row(stand_still: Callable[..., object]) -> None:
+    """Stands still when half of the second row is on the disk."""
+
+    def write(file: int, content: bytes) -> None:
+        os.write(file, content[: len(content) // 2])
+        stand_still()
+
+    stop_in(disk, "_write_all", 2, write, lambda file, content: b'"psnr"' in content)
+
+
 def test_sigkill_costs_the_run_in_flight_at_most(pipe, space: str, tmp_path: Path) -> None:
+    """Killed three times, where it stands still: so nothing hangs on how fast it is."""
     out = tmp_path / "tuned.yaml"
-    rows = out.with_suffix(".rows.jsonl")
+    rows, context = out.with_suffix(".rows.jsonl"), multiprocessing.get_context("fork")
 
     def tune() -> tuning.Tuned:
         tuner = Tuner(pipe, "mini", REQUEST, out, tell=lambda line: None)
         return tuner.tune(load_space(space, 2), PROMPTS, Floor("psnr", 62.0))
 
-    kept = b""
-    for least in (2, 5):
-        child = multiprocessing.get_context("fork").Process(target=tune)
+    kept, torn = b"", b""
+    for place, whole in (
+        (lambda stand_still: stop_in(references, "write_file", 1, stand_still), 0),
+        (lambda stand_still: stop_in(tuning, "against", 3, stand_still), 2),
+        (half_a_row, 3),
+    ):
+        there = context.Event()
+
+        def until_killed(place: Callable[..., None] = place, there: Any = there) -> None:
+            place(lambda *_: there.set() or time.sleep(3600))
+            tune()
+
+        child = context.Process(target=until_killed, daemon=True)
         child.start()
-        while child.is_alive() and not (rows.exists() and rows.read_bytes().count(b"\n") >= least):
-            time.sleep(0.01)
-        os.kill(child.pid, signal.SIGKILL)
+        while not there.wait(0.1) and child.is_alive():
+            pass
+        child.kill()
         child.join()
-        assert child.exitcode == -signal.SIGKILL
-        assert rows.read_bytes().startswith(kept), "a row was lost"
-        kept = rows.read_bytes()
-        kept = kept[: kept.rfind(b"\n") + 1]
+        assert there.is_set()
+        found = rows.read_bytes() if rows.exists() else b""
+        assert found.startswith(kept), "a row was lost"
+        assert found.count(b"\n") == whole
+        kept, torn = found[: found.rfind(b"\n") + 1], found[found.rfind(b"\n") + 1 :]
+    assert torn
     tuned = tune()
     found = load_rows(rows)
     assert rows.read_bytes().startswith(kept), "a row was lost"
@@ -173,12 +212,30 @@ def test_the_command(mini_wan: Path, space: str, tmp_path: Path, monkeypatch, ca
     ]  # fmt: skip
     assert main([*arguments, "--floor", "psnr=1000"]) == 1
     assert "no recipe that is faster than dense attention is above the floor" in capsys.readouterr().out
-    assert main([*arguments, "--floor", "psnr=30", "--runs", "1", "--out", str(tmp_path / "x.yaml")]) == 3
     monkeypatch.setattr(tuning, "call_ratios", lambda taken, recipe, device: Ratios(1.5, 1.5, 0.0, 1))
     assert main([*arguments, "--floor", "psnr=1", "--out", str(tmp_path / "y.yaml")]) == 1
     printed = capsys.readouterr().out
     assert "dense attention is as fast as every recipe of the space" in printed
     assert "attention takes 1.25 of dense attention's time, left out" in printed
+
+
+def test_a_limit_has_an_exit_code_of_its_own_and_keeps_the_dense_runs(
+    mini_wan: Path, space: str, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "tuned.yaml"
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    size = [f"--{name}={value}" for name, value in SIZE.items()]
+    arguments = ["tune", "--model", str(mini_wan), *size, "--space", space, "--prompts", str(tmp_path / "prompts.txt")]
+    arguments += ["--floor", "psnr=1", "--out", str(out)]
+    assert main([*arguments, "--seconds", "1e-9"]) == 3
+    assert "nothing with psnr 1 was found before 1e-09 seconds were over; 0 sparse runs" in capsys.readouterr().out
+    assert not out.exists()
+    assert main([*arguments, "--runs", "1"]) == 3
+    assert "not certain as 1 runs were made" in capsys.readouterr().out
+    assert out.exists()
+    assert len(list((tmp_path / "tuned.dense").glob("*.npy"))) == 1, "the next start would make it again"
+    assert main(arguments) == 0
+    assert not (tmp_path / "tuned.dense").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from sparse_dit.kernels.gather import gather_tokens
 from sparse_dit.kernels.lists import mask_to_lists
@@ -171,3 +173,13 @@ def random_mask() -> Callable[..., Tensor]:
         return (score < density) | (score == score.amin(dim=-1, keepdim=True))
 
     return make
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors say that they lie on a GPU, and memory is not poisoned: that would be an operator."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda x: -1)
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_stream=lambda device: "stream"))
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)

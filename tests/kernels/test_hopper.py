@@ -10,12 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from sparse_dit.kernels import launch_order_triton
 from sparse_dit.kernels.backends import HOPPER_HEAD_SIZES, default_backend, hopper_refusal
 from sparse_dit.kernels.launch_order_triton import launch_order, longest_first
 from sparse_dit.kernels.lists import mask_to_lists
 from sparse_dit.kernels.ops import block_sparse_attention
 from sparse_dit.kernels.oracle import oracle_attention
 from sparse_dit.kernels.quantize import quantize
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton runs
 
 # Relative L2 errors of short rows (`quantize` has the table). In FP8 weights and values are rounded by up to 2^-4 each,
 # evenly spread at worst: 2^-4 / sqrt(3). Where the last block of keys is a single token, rows may attend to it alone,
@@ -55,12 +58,12 @@ def test_is_refused_off_hopper(qkv, random_mask):
 )
 @settings(max_examples=20, deadline=None)
 def test_longest_lists_are_launched_first(counts):
-    counts = torch.from_numpy(counts)
+    counts = torch.from_numpy(counts).to(DEVICE)
     assert longest_first(counts).equal(counts.argsort(dim=-1, descending=True, stable=True).int())
 
 
 def test_the_launch_order_of_lists_is_found_once_and_goes_with_them():
-    counts = torch.tensor([[[1, 3, 2]]], dtype=torch.int32)
+    counts = torch.tensor([[[1, 3, 2]]], dtype=torch.int32, device=DEVICE)
     found = launch_order(counts)
     assert found.tolist() == [[[1, 2, 0]]]
     assert launch_order(counts) is found
@@ -70,8 +73,30 @@ def test_the_launch_order_of_lists_is_found_once_and_goes_with_them():
     assert gone() is None
 
 
+def test_each_stream_ranks_for_itself(monkeypatch):
+    """Nothing tells one stream when the launches of another are over."""
+    counts, found = torch.tensor([[[1, 3, 2]]], dtype=torch.int32, device=DEVICE), {}
+    for stream in (1, 2, 1, 2):
+        monkeypatch.setattr(launch_order_triton, "current_stream", lambda x, now=stream: now)
+        assert launch_order(counts) is found.setdefault(stream, launch_order(counts))
+    assert found[1] is not found[2]
+
+
+def test_nothing_that_a_captured_graph_will_write_is_kept(monkeypatch):
+    counts = torch.tensor([[[1, 3, 2]]], dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = launch_order(counts)
+    assert launch_order(counts) is not captured
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kept = launch_order(counts)
+    assert kept is not captured
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert launch_order(counts) is kept, "it was there before the graph"
+
+
 def test_lists_shared_by_heads_or_laid_out_elsewhere_are_ranked():
-    counts = torch.randint(1, 9, (300, 2), dtype=torch.int32).T[:, None]
+    counts = torch.randint(1, 9, (300, 2), dtype=torch.int32, device=DEVICE).T[:, None]
     assert longest_first(counts).equal(counts.argsort(dim=-1, descending=True, stable=True).int())
 
 
@@ -126,6 +151,35 @@ class TestCuda:
         triton, triton_lse = block_sparse_attention(q, k, v, lists, backend="triton")
         torch.testing.assert_close(hopper, triton, atol=2**-6, rtol=2**-6)
         torch.testing.assert_close(hopper_lse, triton_lse, atol=1e-4, rtol=1e-5)
+
+    def test_a_stream_reads_no_ranks_that_another_one_has_still_to_write(self):
+        counts = torch.randint(1, 99, (1, 4, 700), dtype=torch.int32).cuda()
+        wanted = counts.cpu().argsort(dim=-1, descending=True, stable=True).int()
+        longest_first(counts)  # compiles
+        busy, other = torch.cuda.Stream(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(busy):
+            torch.cuda._sleep(10**9)
+            late = launch_order(counts)
+        with torch.cuda.stream(other):
+            found = launch_order(counts).clone()
+        other.synchronize()
+        assert found.cpu().equal(wanted)
+        assert not busy.query(), "it was over before the other stream could be early"
+        busy.synchronize()
+        assert late.cpu().equal(wanted)
+
+    def test_a_graph_that_never_ran_leaves_no_ranks(self):
+        counts = torch.randint(1, 99, (1, 4, 700), dtype=torch.int32).cuda()
+        wanted = counts.cpu().argsort(dim=-1, descending=True, stable=True).int()
+        longest_first(counts)  # compiles
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = launch_order(counts)
+        with torch.cuda.stream(stream):
+            assert launch_order(counts).cpu().equal(wanted)
+        graph.replay()
+        assert captured.cpu().equal(wanted)
 
     @pytest.mark.parametrize("ordered", [False, True])
     @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])

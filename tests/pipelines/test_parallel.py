@@ -5,7 +5,6 @@ Run as a program this file is one of the two: it runs all cases and writes what 
 
 import json
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -24,7 +23,6 @@ from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelC
 from torch.distributed.device_mesh import init_device_mesh
 
 from sparse_dit.layout import TokenLayout
-from sparse_dit.parallel import Heads, shards_of
 from sparse_dit.pipelines.families import FAMILIES
 from sparse_dit.pipelines.patch import disable, enable, summary
 from sparse_dit.profiles import Model, Pattern, Profile
@@ -308,31 +306,6 @@ def refusals() -> dict[str, Any]:
     return {"shared_text": text, "unknown_shares": shares, "uneven_heads": heads}
 
 
-def exchanges() -> dict[str, bool]:
-    """Pieces of unequal length, text and video by themselves, and what all of them together are."""
-    rank, stretches = dist.get_rank(), (5, 33, 2)
-    shards = shards_of(dist.group.WORLD, stretches)
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, sum(stretches), 4, 6).unbind()
-    mask = torch.rand(2, sum(stretches)) < 0.5
-
-    def here(x: torch.Tensor, axis: int = 1) -> torch.Tensor:
-        return torch.cat([part.tensor_split(PROCESSES, axis)[rank] for part in x.split(stretches, axis)], axis)
-
-    gathered = shards.gather(*(here(x) for x in (q, k, v)))
-    own = slice(2 * rank, 2 * rank + 2)
-    heads = Heads(shards.name)
-    return {
-        "pieces": shards.pieces == ((3, 17, 1), (2, 16, 1)),
-        "gather": all(torch.equal(x, y[:, :, own]) for x, y in zip(gathered, (q, k, v), strict=True)),
-        "scatter": torch.equal(shards.scatter(gathered[1]), here(k)),
-        "mask": torch.equal(shards.gather_mask(here(mask)), mask),
-        "whole mask": torch.equal(shards.gather_mask(mask), mask),
-        "heads": torch.equal(heads.gather(q[:, :, own], 2), q) and torch.equal(heads.own(q, 2, 2), q[:, :, own]),
-        "one for all": torch.equal(heads.own(q[:, :, :1], 2, 2), q[:, :, :1]),
-    }
-
-
 def main() -> None:
     """One of the processes: `RANK` tells which; the argument is a folder."""
     rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
@@ -340,32 +313,15 @@ def main() -> None:
     tensor_parallel._SUPPORTED_TP_DEVICES = ("cpu",)
     warnings.simplefilter("ignore", FutureWarning)
     found: dict[str, Any] = {name: one_case(case) for name, case in CASES.items()}
-    found |= {"dense steps": dense_steps(), "refusals": refusals(), "exchanges": exchanges()}
+    found |= {"dense steps": dense_steps(), "refusals": refusals()}
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found(processes_find: Callable[[Path], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """What each process found."""
-    folder = tmp_path_factory.mktemp("processes")
-    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**settings, "RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"{rank}.txt").open("w"),
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * PROCESSES, (folder / f"{codes.index(max(codes, key=abs))}.txt").read_text()[-2000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
+    return processes_find(Path(__file__))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -386,11 +342,6 @@ def test_calls_that_cannot_be_shared_exactly_stay_dense(found: list[dict[str, An
     for told in found:
         for reason, call in told["refusals"].items():
             assert call == {"equal": True, "dense": {reason: 4}, "told": [UNASKED[reason]]}
-
-
-def test_exchanges_with_pieces_of_unequal_length(found: list[dict[str, Any]]) -> None:
-    for told in found:
-        assert all(told["exchanges"].values()), told["exchanges"]
 
 
 if __name__ == "__main__":

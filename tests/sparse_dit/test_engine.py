@@ -1,8 +1,5 @@
 """One attention call: what is computed, and when the model's own backend is left to it."""
 
-import copy
-import sys
-import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse_dit.engine import HEADS_FIRST, TOKENS_FIRST, Run, Site, plan, sparse_attention
+from sparse_dit.engine import HEADS_FIRST, TOKENS_FIRST, Run, plan, sparse_attention
 from sparse_dit.kernels.gather import gather_tokens
 from sparse_dit.kernels.oracle import oracle_attention
 from sparse_dit.layout import TokenLayout, text_blocks
@@ -263,46 +260,3 @@ def test_missing_calls_warn_once_or_raise() -> None:
     strict.begin_forward(RAGGED, torch.tensor(0.5), planned=2)
     with pytest.raises(RuntimeError, match="0 self-attention calls were made where 2 were planned"):
         strict.end_forward()
-
-
-@pytest.mark.parametrize("axes", [HEADS_FIRST, TOKENS_FIRST])
-def test_the_operator_and_its_fake_agree(axes: str) -> None:
-    q, k, v = (x if axes == HEADS_FIRST else x.transpose(1, 2) for x in qkv(RAGGED))
-    run = running(recipe(Radial(density=0.4)))
-    site = Site(0, run, torch.zeros((), dtype=torch.int64), F.__name__)
-    arguments = (q, k, v, site.slot, site.clock, axes, None, "", "")
-    torch.library.opcheck(torch.ops.sparse_dit.attend.default, arguments)
-    out = torch.ops.sparse_dit.attend(*arguments)
-    assert torch.equal(out, run.call(0, q, k, v, axes=axes, scale=None, refusal=None, dense=pytest.fail))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("asked", "given"), [("sage", "sage"), ("", None)])
-def test_a_dense_call_of_the_operator_keeps_the_backend_of_the_user(
-    asked: str, given: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Any] = []
-
-    def dispatch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-        seen.append(options)
-        return query + key + value
-
-    home = types.ModuleType("home_of_a_processor")
-    home.__dict__["dispatch_attention_fn"] = dispatch
-    monkeypatch.setitem(sys.modules, home.__name__, home)
-    site = Site(0, running(recipe(dense_steps=1)), torch.zeros((), dtype=torch.int64), home.__name__)
-    q, k, v = (x.transpose(1, 2) for x in qkv(RAGGED))
-    out = torch.ops.sparse_dit.attend(q, k, v, site.slot, site.clock, TOKENS_FIRST, 0.5, asked)
-    assert torch.equal(out, q + k + v)
-    assert seen == [{"scale": 0.5, "backend": given}]
-
-
-def test_a_copied_site_gets_a_number_and_a_run_of_its_own() -> None:
-    run = running(recipe())
-    clock = torch.zeros((), dtype=torch.int64)
-    first, second = copy.deepcopy([Site(0, run, clock, ""), Site(1, run, clock, "")])
-    assert first.run is second.run
-    assert first.run is not run
-    assert first.run.recipe == run.recipe
-    assert first.clock is second.clock
-    assert Site.find(first.slot) is first
-    assert Site.find(second.slot) is second

@@ -14,6 +14,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
+from sparse_dit.calls import _plan, plan
 from sparse_dit.engine import TOKENS_FIRST, Run
 from sparse_dit.kernels import launches, quantize_triton
 from sparse_dit.kernels.replays import Recording
@@ -124,3 +125,30 @@ def test_a_replay_does_not_lose_the_error_of_gradients(device):
     assert [type(kind) for kind in run._replays._calls.values()] == [Recording]
     with pytest.raises(RuntimeError, match="autograd"):
         called().sum().backward()
+
+
+@pytest.mark.gpu
+def test_streams_share_a_run_and_read_nothing_that_another_one_has_still_to_write():
+    recipe = load_recipe("radial").override({"schedule.dense_steps": 0, "schedule.dense_layers": []})
+    q = torch.randn(1, LAYOUT.length, HEADS, HEAD_SIZE, device="cuda").half()
+
+    def calls(run):
+        run.begin_forward(LAYOUT, torch.tensor(0.5), planned=3)
+        settings = {"axes": TOKENS_FIRST, "scale": None, "refusal": None, "dense": torch.zeros_like}
+        return [run.call(0, q, q, q, **settings) for _ in range(3)]
+
+    wanted, *_ = calls(Run(recipe))  # compiles
+    _plan.cache_clear()
+    plan(recipe, LAYOUT, q.device, HEADS)  # its copies would wait for the busy stream
+    run, busy, other = Run(recipe), torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(busy):
+        torch.cuda._sleep(10**9)
+        late = calls(run)
+    with torch.cuda.stream(other):
+        early = calls(run)
+    other.synchronize()
+    assert not busy.query(), "it was over before the other stream could be early"
+    assert all(torch.equal(out, wanted) for out in early)
+    busy.synchronize()
+    assert all(torch.equal(out, wanted) for out in late)

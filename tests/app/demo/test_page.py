@@ -4,6 +4,8 @@ import inspect
 import os
 import re
 import socket
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -251,6 +253,16 @@ def test_a_server_without_places_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delattr(serve, "listening")  # it would serve until it is interrupted
     with pytest.raises(ValueError, match=r"^places: 0; valid: a whole number from 1$"):
         demo(places=0)
+
+
+def test_without_gradio_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delattr(serve, "listening")  # it would serve until it is interrupted
+    with pytest.raises(ValueError, match=r"^demo: gradio is not installed; valid: pip install 'sparse-dit\[demo\]'$"):
+        demo()
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_visits_are_served_and_no_others(served: tuple[str, Visits], mini_wan: Path) -> None:

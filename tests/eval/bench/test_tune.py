@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_dit.app.cli import main as command_line
 from sparse_dit.eval.bench import tune as tuning
 from sparse_dit.eval.bench.cases import Case
 from sparse_dit.eval.bench.clock import Call, Timing
@@ -97,17 +98,22 @@ def test_when_time_is_up_nothing_more_is_tried(monkeypatch: pytest.MonkeyPatch) 
     assert all(isinstance(line, str) and "seconds were over" in line for line in found)
 
 
-def test_what_main_writes_is_what_kernels_are_launched_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On a pretended sm_90, with no name for the file: it lies where kernels look."""
-    best = Launch(64, 32, 8, 4)
+def on_sm_90(best: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the command measure on a pretended GPU, where one launch is the fastest."""
     pretending = Pretending(lambda launch: 1.0 if launch == best else 2.0)
     monkeypatch.setattr(pretending, "launch", lambda: pinned("mass", "native", 64, "sm_90").launch)
     monkeypatch.setattr(tuning, "work", pretending.work)
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(tuning, "current_gpu", lambda: CPU)
     monkeypatch.setattr(tuning, "CudaClock", lambda device: pretending)
+
+
+def test_what_main_writes_is_what_kernels_are_launched_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With no name for the file: it lies where kernels look."""
+    best = Launch(64, 32, 8, 4)
+    on_sm_90(best, monkeypatch)
     assert pinned("mass", "native", 64, "sm_90").launch != best
     assert tuning.main(["--head_sizes", "64"]) == 0
     file = tmp_path / "sparse_dit" / "tiles.json"
@@ -118,6 +124,18 @@ def test_what_main_writes_is_what_kernels_are_launched_with(
     assert (row.key, row.launch) == (("mass", "sm_90", 64, "native"), best)
     assert pinned("mass", "native", 64, "sm_90") == row
     assert pinned("mass", "native", 128, "sm_90").launch != best
+
+
+@pytest.mark.parametrize("run", [tuning.main, lambda options: command_line(["tune-tiles", *options])])
+def test_rows_go_to_the_file_that_is_named_and_to_no_other(
+    run: Callable[[list[str]], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = Launch(64, 32, 8, 4)
+    on_sm_90(best, monkeypatch)
+    file = tmp_path / "mine.json"
+    assert run(["--head_sizes", "64", "--out", str(file)]) == 0
+    assert [row.launch for row in read_rows(file.read_text(), "file")] == [best]
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_main_tells_when_nothing_could_be_measured(

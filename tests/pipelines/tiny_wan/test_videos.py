@@ -2,16 +2,19 @@
 
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_dit.eval.results import load_rows
 from sparse_dit.pipelines.tiny_wan.grammar import (
     COLORS,
     DIRECTIONS,
     SHAPES,
+    TURNS,
     Scene,
     draw_scene,
     held_out_prompts,
@@ -36,6 +39,18 @@ def test_held_out_prompts_are_different_repeatable_and_spelled_in_the_vocabulary
     assert prompts == held_out_prompts(64, seed=0)
     assert prompts != held_out_prompts(64, seed=1)
     assert {word for prompt in prompts for word in prompt.split()} <= set(vocabulary())
+
+
+def test_held_out_prompts_are_those_of_the_results() -> None:
+    """The weights were trained without them, and later rows are compared with these."""
+    rows = load_rows(Path(__file__).parents[3] / "eval" / "results" / "radial-tiny-wan.jsonl")
+    assert held_out_prompts(16) == list(dict.fromkeys(row["prompt"] for row in rows))
+
+
+@given(st.integers(0, 10_000))
+def test_what_turns_has_a_texture_that_shows_it(seed: int) -> None:
+    scene = draw_scene(random.Random(seed))
+    assert scene.motion not in TURNS or scene.texture in ("striped", "checkered")
 
 
 def test_held_out_prompts_refuses_no_prompts() -> None:
