@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_dit import calls
-from sparse_dit.kernels import density, pool, quantize_hopper, sampled_means_triton
+from sparse_dit.kernels import density, quantize_hopper, sampled_means_triton
 from sparse_dit.layout import TokenLayout
 from sparse_dit.orders import Rows, Tiles, TimeMajor
 from sparse_dit.parallel import ALL_HERE
@@ -53,7 +53,6 @@ KEPT: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "adjacent blocks": (pooled._adjacent_blocks, (TILES, TEXT, 1, 16, 16, META)),
     "orders of a profile": (profile._table, (TYPES, CUBE, META)),
     "shares of rows": (density._row_shares, (100, 16, 16, META)),
-    "shares of spans": (pool._span_shares, (100, META)),
     "matrices of codes": (quantize_hopper._matrices, (torch.bfloat16, META)),
     "a rotation": (sampled_means_triton.rotation_factors, (72, torch.bfloat16, META)),
 }
