@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparse_dit.kernels.copies_hopper import next_stage, produce, release, seen_as, tma_load
+from sparse_dit.kernels.copies_hopper import next_stage, produce, release, seen_as, stage_of, tma_load
 from sparse_dit.kernels.quantize import GROUP
 from sparse_dit.kernels.softmax_hopper import (
     add_sums,
@@ -199,10 +199,13 @@ def _attend(
     mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=total > 1)
     if SUMMARY:
         b_starts = seen_as(b_biases, gl.float32, [STAGES + 1, TILE_K], b_biases.layout)
-    former = 0, 0
-    place = next_stage(former, STAGES)
+    former, place = (0, 0), (1 % STAGES, 1 // STAGES)
     for i_tile in range(1, total):
-        following = next_stage(place, STAGES)
+        if QUANTIZED:  # counted: i % 3 and i // 3 take ten instructions in a row, which 16 bits hide
+            following = next_stage(place, STAGES)
+        else:
+            former, place = stage_of(i_tile - 1, STAGES), stage_of(i_tile, STAGES)
+            following = stage_of(i_tile + 1, STAGES)
         b_s, b_acc = _start_tile(i_tile, place, former, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
         if SUMMARY:  # noqa: SIM102 - a constant by itself: without it the rest is not compiled
             if i_tile >= count:
@@ -226,7 +229,7 @@ def _attend(
                 keep_total(b_total, b_acc)
                 b_total_max = b_max
                 b_acc = gl.zeros([64, D], gl.float32, acc_layout)
-    last, phase = former
+    last, phase = former if QUANTIZED else stage_of(total - 1, STAGES)
     mbarrier.wait(v_full.index(last), phase)
     b_p = gl.convert_layout(b_p.reshape([64, TILE_K]), s_layout, assert_trivial=True)
     b_acc = warpgroup_mma_wait(0, deps=[_weigh(b_p, b_v, last, b_acc, PARTS, v_layout, dtype)])

@@ -32,8 +32,14 @@ def release(barrier):
 
 
 @gluon.jit
+def stage_of(i_tile, STAGES: gl.constexpr):
+    """The stage of a tile, and its phase."""
+    return i_tile % STAGES, (i_tile // STAGES) & 1
+
+
+@gluon.jit
 def next_stage(place, STAGES: gl.constexpr):
-    """The stage behind a stage, and its phase. Counted: i % 3 and i // 3 take ten instructions in a row."""
+    """The same of the tile behind a `stage_of`."""
     stage, phase = place
     is_last = stage == STAGES - 1
     return gl.where(is_last, 0, stage + 1), gl.where(is_last, phase ^ 1, phase)
