@@ -204,8 +204,7 @@ def _attend(
         if QUANTIZED:  # counted: i % 3 and i // 3 take ten instructions in a row, which 16 bits hide
             following = next_stage(place, STAGES)
         else:
-            former, place = stage_of(i_tile - 1, STAGES), stage_of(i_tile, STAGES)
-            following = stage_of(i_tile + 1, STAGES)
+            place, former = stage_of(i_tile, STAGES), stage_of(i_tile - 1, STAGES)
         b_s, b_acc = _start_tile(i_tile, place, former, tiles, rings, turns, b_q, b_p, b_acc, b_zero_s, wg, PARTS)
         if SUMMARY:  # noqa: SIM102 - a constant by itself: without it the rest is not compiled
             if i_tile >= count:
@@ -221,6 +220,8 @@ def _attend(
         else:
             b_p, b_max, b_decay, b_sums = softmax(b_s, b_max, scale)
         b_sum = add_sums(b_sum, b_decay, b_sums)
+        if not QUANTIZED:
+            following = stage_of(i_tile + 1, STAGES)
         b_acc = _end_tile(i_tile, total, former, following, rings, b_acc, b_decay)
         former, place = place, following
         if FP8:  # noqa: SIM102 - a constant by itself: without it the rest is not compiled
