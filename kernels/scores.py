@@ -42,8 +42,7 @@ def part_scores(q: Tensor, k: Tensor, per_q: int, per_k: int, *, scale: float, r
         ValueError: an argument is not as above.
     """
     _check(q, k, per_q, per_k, reduction)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale: {scale!r}; valid: a positive finite number")
+    _check_scale(scale)
     if q.is_cuda and q.dtype in CUDA_DTYPES and q.shape[-1] in TRITON_HEAD_SIZES and per_k in PER_K:
         from sparse_dit.kernels.scores_triton import triton_scores
 
@@ -64,7 +63,14 @@ def block_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
     Returns:
         fp32 [B, H, QB, KB].
+
+    Raises:
+        ValueError: an argument is not as above.
     """
+    if q.dtype != torch.float32:
+        raise ValueError(f"q: {q.dtype}; valid: torch.float32, as means of blocks are")
+    _check(q, k, 1, 1, REDUCTIONS[0])
+    _check_scale(scale)
     if q.is_cuda:
         from sparse_dit.kernels.scores_triton import triton_block_scores
 
@@ -86,7 +92,18 @@ def mark_unlike(scores: Tensor, q_alike: Tensor, k_alike: Tensor, least: float, 
 
     Returns:
         bool [B, H, QB, KB].
+
+    Raises:
+        ValueError: an argument is not as above.
     """
+    if scores.dtype != torch.float32 or scores.ndim != 4 or not scores.is_contiguous():
+        raise ValueError(f"scores: {scores.dtype} {list(scores.shape)}; valid: a contiguous fp32 [B, H, QB, KB]")
+    batch, heads, rows, columns = scores.shape
+    for name, alike, blocks in (("q_alike", q_alike, rows), ("k_alike", k_alike, columns)):
+        if alike.shape != (batch, heads, blocks) or alike.device != scores.device:
+            raise ValueError(
+                f"{name}: {list(alike.shape)} on {alike.device}; valid: [{batch}, {heads}, {blocks}] on {scores.device}"
+            )
     if scores.is_cuda:
         from sparse_dit.kernels.scores_triton import triton_mark_unlike
 
@@ -139,6 +156,11 @@ def torch_scores(q: Tensor, k: Tensor, per_q: int, per_k: int, scale: float, red
             grouped = rearrange(scores, "b h (n i) (m j) -> b h n m (i j)", i=per_q, j=per_k)
             merged.append(grouped.logsumexp(dim=-1))
     return torch.cat(merged, dim=2)
+
+
+def _check_scale(scale: float) -> None:
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale: {scale!r}; valid: a positive finite number")
 
 
 def _check(q: Tensor, k: Tensor, per_q: int, per_k: int, reduction: str) -> None:

@@ -163,6 +163,38 @@ def test_bad_arguments_of_scores_are_refused(changes: dict[str, object], told: s
         part_scores(**{"scale": 1.0, "reduction": "max"} | given)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"q": torch.zeros(1, 2, 5, 8, dtype=torch.float16)}, "q: torch.float16; valid: torch.float32"),
+        ({"q": torch.zeros(2, 5, 8)}, r"q: torch.float32 \[2, 5, 8\]"),
+        ({"k": torch.zeros(1, 2, 3, 16)}, r"k: torch.float32 \[1, 2, 3, 16\] on cpu; valid"),
+        ({"scale": 0.0}, "scale: 0.0; valid: a positive finite number"),
+    ],
+)
+def test_bad_arguments_of_block_scores_are_refused(changes: dict[str, object], told: str) -> None:
+    given = {"q": torch.zeros(1, 2, 5, 8), "k": torch.zeros(1, 2, 3, 8), "scale": 1.0} | changes
+    with pytest.raises(ValueError, match=f"^{told}"):
+        block_scores(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"scores": torch.zeros(1, 2, 4, 3).mT}, r"scores: torch.float32 \[1, 2, 3, 4\]; valid: a contiguous fp32"),
+        ({"scores": torch.zeros(1, 2, 3, 4, dtype=torch.float16)}, "scores: torch.float16"),
+        ({"q_alike": torch.zeros(1, 2, 4)}, r"q_alike: \[1, 2, 4\] on cpu; valid: \[1, 2, 3\] on cpu"),
+        ({"k_alike": torch.zeros(1, 1, 4)}, r"k_alike: \[1, 1, 4\] on cpu; valid: \[1, 2, 4\] on cpu"),
+    ],
+)
+def test_bad_arguments_of_marks_are_refused_and_no_score_is_written(changes: dict[str, object], told: str) -> None:
+    own = {"scores": torch.zeros(1, 2, 3, 4), "q_alike": torch.zeros(1, 2, 3), "k_alike": torch.zeros(1, 2, 4)}
+    given = own | changes
+    with pytest.raises(ValueError, match=f"^{told}"):
+        mark_unlike(**given, least=0.5, lowest=True)  # type: ignore[arg-type]
+    assert not given["scores"].any()  # type: ignore[attr-defined]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_size", [64, 128, 256])
 def test_at_pinned_launches_on_a_gpu(head_size: int) -> None:
