@@ -199,7 +199,7 @@ def _attend(
     mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=total > 1)
     if SUMMARY:
         b_starts = seen_as(b_biases, gl.float32, [STAGES + 1, TILE_K], b_biases.layout)
-    former, place = (0, 0), (1 % STAGES, 1 // STAGES)
+    former, place = stage_of(0, STAGES), stage_of(1, STAGES)
     for i_tile in range(1, total):
         if QUANTIZED:  # counted: i % 3 and i // 3 take ten instructions in a row, which 16 bits hide
             following = next_stage(place, STAGES)

@@ -79,8 +79,7 @@ def load_tiles(tiles, rings, lists, row, PARTS: gl.constexpr):
     FP8: gl.constexpr = b_v.dtype.primitive_bitwidth == 8
     count = gl.cdiv(blocks, PARTS)
     for i_tile in range(count):
-        stage = i_tile % STAGES
-        phase = (i_tile // STAGES) & 1
+        stage, phase = stage_of(i_tile, STAGES)
         first = (count - 1 - i_tile) * PARTS
         mbarrier.wait(k_empty.index(stage), phase ^ 1)
         mbarrier.expect(k_full.index(stage), K_BYTES)
@@ -144,8 +143,7 @@ def _load_tile_of_means(i_mean, i_tile, place, o_lane, words, given):
     STAGES: gl.constexpr = b_k.shape[0]
     TILE_K: gl.constexpr = b_k.shape[3]
     BYTES: gl.constexpr = TILE_K * b_k.shape[4] * b_k.dtype.primitive_bitwidth // 8
-    stage = i_tile % STAGES
-    phase = (i_tile // STAGES) & 1
+    stage, phase = stage_of(i_tile, STAGES)
     for word in range(words):
         first = i_mean * TILE_K + word * 32
         b_entry = gl.load(p_indices + (place + o_lane) * i_index, mask=place + o_lane < blocks, other=1 << 30)
